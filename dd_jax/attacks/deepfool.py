@@ -1,0 +1,303 @@
+"""DeepFool (Moosavi-Dezfooli, Fawzi, Frossard, CVPR 2016), l2 and linf, batched and jit-compiled.
+
+DeepFool repeats one step. At the iterate x it replaces the net by its first-order expansion and goes to the nearest of the
+hyperplanes at which another class takes over:
+
+    f_j = logits_j(x) - logits_s(x),   w_j = d f_j / d x          (s: the source class, j: every other class)
+    j*  = argmin_j |f_j| / ||w_j||_q                              (q: the dual exponent of p)
+    r   = |f_j*| / ||w_j*||_q * d,     d = w_j* / ||w_j*||_2 for l2, sign(w_j*) for linf
+
+and stops as soon as the overshot point x_0 + (1 + overshoot) * sum of steps is classified differently. Steps start from
+points that are not overshot. (ZiangYan/deepdefense.pytorch does the same; `gradient_offset` is its `eps`.)
+
+Examples stop after different numbers of steps. The loop therefore takes its work from a queue: each turn gathers a fixed
+number of examples that are still active, whatever step each of them is at, takes one step for each, and puts them back. An
+example that has stopped costs nothing more, and one compiled loop body serves all. Results do not depend on it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dd_jax.closures import ApplyFn, Closure, hoist, rows_are_interchangeable
+from dd_jax.norms import Norm, check_norm, dual_norm, per_example
+from dd_jax.types import AttackResult, LogitsFn
+
+TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a whole batch, by backend; measured.
+SMALLEST_TURN = {"cpu": 16}  # Fewer rows than this do not fill the device.
+DEFAULT_SMALLEST_TURN = 64
+
+
+class Options(NamedTuple):
+    """What is fixed when the search is compiled."""
+
+    norm: Norm = "l2"
+    num_steps: int = 50
+    overshoot: float = 0.02
+    gradient_offset: float = 0.0
+    num_candidates: int | None = None
+    rows_per_turn: int = 0
+
+
+class Problem(NamedTuple):
+    """What to search for, example by example.
+
+    Where `away` holds, leave class `labels` for any of `candidates`; elsewhere reach class `labels` from whatever class is
+    predicted at the iterate.
+    """
+
+    inputs: Float[Array, "batch ..."]
+    labels: Int[Array, " batch"]
+    away: Bool[Array, " batch"]
+    candidates: Int[Array, "batch others"]
+
+
+class Trace(NamedTuple):
+    """What is needed to take the same steps again: where each started and between which classes it went."""
+
+    iterates: Float[Array, "steps batch ..."]  # relative to the inputs
+    sources: Int[Array, "steps batch"]
+    targets: Int[Array, "steps batch"]
+
+
+class Search(NamedTuple):
+    """The state of the search, and its result. `num_replayable` counts the steps that moved an example."""
+
+    perturbation: Float[Array, "batch ..."]  # sum of the steps, not overshot
+    num_replayable: Int[Array, " batch"]
+    active: Bool[Array, " batch"]
+    success: Bool[Array, " batch"]
+    trace: Trace | None
+
+
+def deepfool(
+    logits_fn: LogitsFn,
+    inputs: Float[Array, "batch ..."],
+    labels: Int[Array, " batch"] | None = None,
+    *,
+    norm: Norm = "l2",
+    num_steps: int = 50,
+    overshoot: float = 0.02,
+    num_candidates: int | None = None,
+    bounds: Sequence[Array | float] | None = None,
+    gradient_offset: float = 0.0,
+) -> AttackResult:
+    """Finds a small perturbation that changes each example's class, see the module's docstring for the equations.
+
+    Args:
+      logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
+      inputs: any rank, floating; the perturbation is in their space.
+      labels: the classes to leave. None: the predicted ones, so that every example is attacked. An example already
+        classified differently from its label is done: zero perturbation, success, zero steps.
+      norm: "l2" or "linf", the size that is kept small.
+      num_steps: the largest number of steps.
+      overshoot: the perturbation returned is (1 + overshoot) times the sum of the steps.
+      num_candidates: how many of the classes that are most likely at the clean input take part, the source class
+        included (10 is customary for 1000 classes). None: all.
+      bounds: (lower, upper), floats or arrays that broadcast to one example: iterates and results stay within. None: no
+        clipping, as in the paper.
+      gradient_offset: added to every component of w before its norm is taken; the authors' code uses 5e-6 on MNIST and 1e-5
+        on CIFAR-10. 0 is the clean definition.
+
+    Returns:
+      AttackResult(perturbation, success, num_steps).
+
+    Edges: where all class gradients vanish (dead net) or two classes tie exactly at the iterate, the linear model asks for
+    no step: the search stops there, without success, and counts as `num_steps` steps. Non-finite steps are not taken.
+
+    Gradients do not flow through the result; `dd_jax.signed_margin` is the differentiable quantity.
+
+    Raises:
+      ValueError: at trace time, for shapes, types or options that make no sense.
+    """
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates)
+    check_arguments(inputs, labels, options)
+    inputs = lax.stop_gradient(inputs)
+    logits = lax.stop_gradient(checked_logits(logits_fn, inputs, labels))
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    labels = predicted if labels is None else labels.astype(jnp.int32)
+    active = predicted == labels
+    apply_fn, closure, options = hoist_for_search(logits_fn, inputs, options)
+    problem = Problem(inputs, labels, active, likely_classes(logits, options.num_candidates))
+    closure = jax.tree.map(lax.stop_gradient, closure)
+    found = search(apply_fn, closure, problem, options, active=active, bounds=bounds)
+    perturbation = (1 + overshoot) * found.perturbation
+    if bounds is not None:
+        perturbation = jnp.where(per_example(active, inputs), clip(inputs + perturbation, bounds) - inputs, 0)
+    success = found.success | ~active
+    return AttackResult(perturbation, success, jnp.where(success, found.num_replayable, num_steps))
+
+
+def check_arguments(inputs: Array, labels: Array | None, options: Options) -> None:
+    """Raises ValueError, at trace time, for shapes, types and options that make no sense."""
+    check_norm(options.norm)
+    if inputs.ndim < 2 or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise ValueError(
+            f"inputs must be a floating batch of shape (batch, ...); got {inputs.dtype}{list(inputs.shape)}. "
+            "Convert images to floats and keep a leading batch axis, also for one example."
+        )
+    if labels is not None and (labels.shape != inputs.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer)):
+        raise ValueError(
+            f"labels must be integers of shape {inputs.shape[:1]}, one class per example; got {labels.dtype}"
+            f"{list(labels.shape)}. Pass class numbers, not one-hot rows."
+        )
+    if options.num_steps < 1:
+        raise ValueError(f"num_steps is {options.num_steps}; it must be at least 1.")
+    if options.overshoot < 0:
+        raise ValueError(f"overshoot is {options.overshoot}; it must be 0 or more.")
+    if options.num_candidates is not None and options.num_candidates < 2:
+        raise ValueError(f"num_candidates is {options.num_candidates}; it must be at least 2, or None for all classes.")
+
+
+def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], labels: Array | None) -> Array:
+    """The clean logits; ValueError unless they are floating, one row per example and at least two classes wide."""
+    logits = logits_fn(inputs)
+    if logits.ndim != 2 or logits.shape[0] != inputs.shape[0] or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits_fn must return logits of shape ({inputs.shape[0]}, classes) with at least 2 classes for inputs of shape "
+            f"{inputs.shape}; it returned {logits.shape}. Flatten the output and keep the batch axis first."
+        )
+    return logits
+
+
+def likely_classes(logits: Float[Array, "batch classes"], num_candidates: int | None) -> Int[Array, "batch others"]:
+    """The classes to try besides the predicted one, most likely first."""
+    num_candidates = min(num_candidates or logits.shape[-1], logits.shape[-1])
+    return lax.top_k(logits, num_candidates)[1][:, 1:].astype(jnp.int32)
+
+
+def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tuple[ApplyFn, Closure, Options]:
+    """Chooses how many examples share a turn of the queue, and traces the net for that many."""
+    batch, backend = inputs.shape[0], jax.default_backend()
+    num_rows = max(-(-batch // TURNS_PER_BATCH.get(backend, 1)), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
+    if num_rows >= batch or not rows_are_interchangeable(logits_fn, inputs, num_rows):
+        num_rows = batch
+    few = jax.ShapeDtypeStruct((num_rows,) + inputs.shape[1:], inputs.dtype)
+    apply_fn, closure = hoist(logits_fn, few)
+    return apply_fn, closure, options._replace(rows_per_turn=num_rows)
+
+
+def search(
+    apply_fn: ApplyFn,
+    closure: Closure,
+    problem: Problem,
+    options: Options,
+    *,
+    active: Bool[Array, " batch"],
+    bounds: Sequence[Array | float] | None = None,
+    record: bool = False,
+) -> Search:
+    """Runs DeepFool on the active examples until all have stopped; with `record`, keeps what a replay needs."""
+    batch = problem.inputs.shape[0]
+    trace = None
+    if record:
+        classes = jnp.zeros((options.num_steps, batch), jnp.int32)
+        trace = Trace(jnp.zeros((options.num_steps,) + problem.inputs.shape, problem.inputs.dtype), classes, classes)
+    nobody = jnp.zeros(batch, bool)
+    start = Search(jnp.zeros_like(problem.inputs), jnp.zeros(batch, jnp.int32), active, nobody, trace)
+
+    def turn(state: Search) -> Search:
+        rows, to = next_rows(jnp.where(state.active, 1 + state.num_replayable, 0), options.rows_per_turn)
+        part = jax.tree.map(lambda x: x[rows], problem)
+        before, steps = state.perturbation[rows], state.num_replayable[rows]
+        step, source, target = nearest_step(apply_fn, closure, clip(part.inputs + before, bounds), part, options)
+        after = clip(part.inputs + before + step, bounds) - part.inputs if bounds is not None else before + step
+        moved = jnp.any((after != before).reshape(rows.size, -1), axis=1)
+        overshot = clip(part.inputs + (1 + options.overshoot) * after, bounds)
+        success = (jnp.argmax(apply_fn(closure, overshot), axis=-1) == part.labels) != part.away
+        active = ~success & moved & (steps + 1 < options.num_steps)
+        return Search(
+            state.perturbation.at[to].set(after, mode="drop"),
+            state.num_replayable.at[to].set(steps + moved, mode="drop"),
+            state.active.at[to].set(active, mode="drop"),
+            state.success.at[to].set(success, mode="drop"),
+            record_step(state.trace, steps, to, before, source, target) if record else None,
+        )
+
+    return lax.while_loop(lambda state: jnp.any(state.active), turn, start)
+
+
+def record_step(trace: Trace, steps: Array, to: Array, before: Array, source: Array, target: Array) -> Trace:
+    """Notes a step of some rows: where it started, from which class and to which."""
+    return Trace(
+        trace.iterates.at[steps, to].set(before, mode="drop"),
+        trace.sources.at[steps, to].set(source, mode="drop"),
+        trace.targets.at[steps, to].set(target, mode="drop"),
+    )
+
+
+def nearest_step(
+    apply_fn: ApplyFn, closure: Closure, iterates: Float[Array, "rows ..."], part: Problem, options: Options
+) -> tuple[Float[Array, "rows ..."], Int[Array, " rows"], Int[Array, " rows"]]:
+    """The step to the nearest linearised boundary, the class it leaves and the class it aims at."""
+    logits, pull_back = jax.vjp(lambda x: apply_fn(closure, x), iterates)
+    source = jnp.where(part.away, part.labels, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    targets = jnp.where(part.away, part.candidates.T, part.labels)  # (others, rows)
+    one_hot = lambda classes: jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype)  # noqa: E731
+    (gradients,) = jax.vmap(pull_back)(one_hot(targets) - one_hot(source))
+    pick = lambda classes: jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0]  # noqa: E731
+    differences = jax.vmap(pick)(targets) - pick(source)
+    sizes = dual_norm(gradients + options.gradient_offset, options.norm, num_leading=2)
+    distances = jnp.abs(differences) / sizes
+    nearest = jnp.argmin(jnp.where(jnp.isfinite(distances), distances, jnp.inf), axis=0)
+    row = jnp.arange(iterates.shape[0])
+    step = linearised_step(differences[nearest, row], gradients[nearest, row], options)
+    step = jnp.where(jnp.isfinite(step), step, 0)
+    return step, source, targets[nearest, row]
+
+
+def linearised_step(
+    difference: Float[Array, " rows"], gradient: Float[Array, "rows ..."], options: Options
+) -> Float[Array, "rows ..."]:
+    """r = |f| / ||w||_q * d: from here to where f + w . r = 0, the shortest way in the lp norm. Zero where w is.
+
+    Differentiable in both arguments; at f = 0 the derivative of |f| is taken as 0.
+    """
+    size = dual_norm(gradient + options.gradient_offset, options.norm)
+    is_zero = size == 0
+    safe_size = jnp.where(is_zero, 1, size)
+    length = per_example(jnp.where(is_zero, 0, jnp.abs(difference) / safe_size), gradient)
+    direction = jnp.sign(gradient) if options.norm == "linf" else gradient / per_example(safe_size, gradient)
+    return length * direction
+
+
+def chosen_step(
+    apply_fn: ApplyFn,
+    closure: Closure,
+    iterates: Float[Array, "rows ..."],
+    source: Int[Array, " rows"],
+    target: Int[Array, " rows"],
+    options: Options,
+) -> Float[Array, "rows ..."]:
+    """The step between two given classes, as a differentiable function of the iterates and of the closure."""
+
+    def total_difference(x: Array) -> tuple[Array, Array]:
+        logits = apply_fn(closure, x)
+        row = jnp.arange(x.shape[0])
+        difference = logits[row, target] - logits[row, source]
+        return jnp.sum(difference), difference
+
+    gradient, difference = jax.grad(total_difference, has_aux=True)(iterates)
+    return linearised_step(difference, gradient, options)
+
+
+def next_rows(priority: Int[Array, " batch"], num_rows: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    """Takes the `num_rows` examples of highest priority off the queue.
+
+    Returns the rows to read and the rows to write to. Where fewer than `num_rows` have a positive priority, the rest are
+    read but written nowhere (their index is out of range, and the writer drops it).
+    """
+    batch = priority.shape[0]
+    if num_rows == batch:  # Nothing to choose: every row stays where it is.
+        return jnp.arange(batch), jnp.where(priority > 0, jnp.arange(batch), batch)
+    highest, rows = lax.top_k(priority, num_rows)
+    return rows, jnp.where(highest > 0, rows, batch)
+
+
+def clip(x: Array, bounds: Sequence[Array | float] | None) -> Array:
+    """Moves x into the bounds, if there are any."""
+    return x if bounds is None else jnp.clip(x, *bounds)

@@ -1,0 +1,71 @@
+"""Turns a `logits_fn` into a pure function of the arrays it closes over.
+
+A loop with a derivative rule of its own may not close over arrays that are being differentiated, and it runs the net on
+fewer rows than the caller's batch. So the function is traced once, at the number of rows that the loop will use, and what
+it closes over (parameters, batch statistics, random keys) becomes an explicit argument.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dd_jax.types import LogitsFn
+
+RANDOM_PRIMITIVES = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+class Closure(NamedTuple):
+    """What a function closes over: floating arrays, which have gradients, and all others, which have none."""
+
+    parameters: tuple[Array, ...]
+    constants: tuple[Array, ...]
+
+
+ApplyFn = Callable[[Closure, Array], Array]
+
+
+def hoist(logits_fn: LogitsFn, inputs: jax.ShapeDtypeStruct) -> tuple[ApplyFn, Closure]:
+    """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)` for inputs of this shape."""
+    traced = jax.make_jaxpr(logits_fn)(inputs)
+    is_parameter = [jnp.issubdtype(value.dtype, jnp.inexact) for value in traced.consts]
+
+    def apply_fn(closure: Closure, inputs: Array) -> Array:
+        parameters, constants = iter(closure.parameters), iter(closure.constants)
+        values = [next(parameters) if floating else next(constants) for floating in is_parameter]
+        (logits,) = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(traced.jaxpr, values))(inputs)
+        return logits
+
+    by_kind = {kind: tuple(v for v, p in zip(traced.consts, is_parameter) if p is kind) for kind in (True, False)}
+    return apply_fn, Closure(by_kind[True], by_kind[False])
+
+
+def rows_are_interchangeable(logits_fn: LogitsFn, inputs: Array, num_rows: int) -> bool:
+    """Whether `logits_fn` can be given any `num_rows` of the inputs in any order and still be the same net.
+
+    It cannot where it draws a random number per row (dropout with one mask per example) or closes over an array with one
+    entry per row; it can where one mask serves the whole batch.
+    """
+    few = jax.ShapeDtypeStruct((num_rows,) + inputs.shape[1:], inputs.dtype)
+    try:
+        traced_few = jax.make_jaxpr(logits_fn)(few)
+    except (TypeError, ValueError):  # JAX's shape errors: the function knows its batch size.
+        return False
+    traced_all = jax.make_jaxpr(logits_fn)(jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
+    shape_few, shape_all = traced_few.out_avals[0].shape, traced_all.out_avals[0].shape
+    return shape_few == (num_rows,) + shape_all[1:] and _random_shapes(traced_few) == _random_shapes(traced_all)
+
+
+def _random_shapes(traced: Any) -> list[tuple[int, ...]]:
+    """The shapes of all random draws in a traced function, nested ones included."""
+    shapes = []
+    jaxpr = getattr(traced, "jaxpr", traced)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in RANDOM_PRIMITIVES:
+            shapes += [out.aval.shape for out in equation.outvars]
+        for inner in jex_core.jaxprs_in_params(equation.params):
+            shapes += _random_shapes(inner)
+    return shapes
