@@ -13,6 +13,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dd_jax.rewriting import evaluate
 from dd_jax.types import LogitsFn
 
 RANDOM_PRIMITIVES = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -36,7 +37,7 @@ def hoist(logits_fn: LogitsFn, inputs: jax.ShapeDtypeStruct) -> tuple[ApplyFn, C
     def apply_fn(closure: Closure, inputs: Array) -> Array:
         parameters, constants = iter(closure.parameters), iter(closure.constants)
         values = [next(parameters) if floating else next(constants) for floating in is_parameter]
-        (logits,) = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(traced.jaxpr, values))(inputs)
+        (logits,) = evaluate(jex_core.ClosedJaxpr(traced.jaxpr, values), inputs)
         return logits
 
     by_kind = {kind: tuple(v for v, p in zip(traced.consts, is_parameter) if p is kind) for kind in (True, False)}

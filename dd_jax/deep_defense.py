@@ -33,7 +33,6 @@ from dd_jax.attacks.deepfool import (
     Options,
     Problem,
     Search,
-    Trace,
     check_arguments,
     checked_logits,
     chosen_step,

@@ -6,19 +6,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Norm = Literal["l2", "linf"]
+NORMS: tuple[str, ...] = get_args(Norm)
 
 
 def check_norm(norm: str) -> None:
     """Raises ValueError unless `norm` is one that the attacks know."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(map(repr, get_args(Norm)))}.")
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(map(repr, NORMS))}.")
 
 
 def _trailing(x: Array, num_leading: int) -> tuple[int, ...]:
     return tuple(range(num_leading, x.ndim))
 
 
-def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "batch"]:
+def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
     """||x||_p over all axes but the first `num_leading`.
 
     "l2" is the square root of the sum of squares; its gradient at zero is zero, not NaN. "linf" is the largest absolute
@@ -32,7 +33,7 @@ def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)))
 
 
-def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "batch"]:
+def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
     """||x||_q with 1/p + 1/q = 1, the norm of a gradient where perturbations are measured in lp: l2 -> l2, linf -> l1."""
     check_norm(norm)
     if norm == "linf":

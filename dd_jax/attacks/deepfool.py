@@ -237,10 +237,10 @@ def nearest_step(
     logits, pull_back = jax.vjp(lambda x: apply_fn(closure, x), iterates)
     source = jnp.where(part.away, part.labels, jnp.argmax(logits, axis=-1).astype(jnp.int32))
     targets = jnp.where(part.away, part.candidates.T, part.labels)  # (others, rows)
-    one_hot = lambda classes: jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype)  # noqa: E731
-    (gradients,) = jax.vmap(pull_back)(one_hot(targets) - one_hot(source))
-    pick = lambda classes: jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0]  # noqa: E731
-    differences = jax.vmap(pick)(targets) - pick(source)
+    one_hot = lambda classes: jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype)
+    (gradients,) = jax.vmap(pull_back)(one_hot(targets) - one_hot(source)[None])
+    pick = lambda classes: jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0]
+    differences = jax.vmap(pick)(targets) - pick(source)[None]
     sizes = dual_norm(gradients + options.gradient_offset, options.norm, num_leading=2)
     distances = jnp.abs(differences) / sizes
     nearest = jnp.argmin(jnp.where(jnp.isfinite(distances), distances, jnp.inf), axis=0)

@@ -1,0 +1,17 @@
+"""ConvNet on CIFAR-10, contrast-normalised and whitened, as in the paper's Table 3.
+
+    python train.py --config configs/cifar_convnet.py --data_dir DIR
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.name = "convnet"
+    config.data.name = "cifar10"
+    config.data.flip = True
+    config.reference.num_epochs = 40
+    config.reference.learning_rate = 0.02
+    config.fine_tuning.num_epochs = 50
+    return config

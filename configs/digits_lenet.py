@@ -1,0 +1,12 @@
+"""LeNet on scikit-learn's digits, enlarged to 28x28: no download.
+
+    python train.py --config configs/digits_lenet.py
+"""
+
+from configs import digits_mlp
+
+
+def get_config():
+    config = digits_mlp.get_config()
+    config.model.name = "lenet"
+    return config

@@ -1,0 +1,56 @@
+"""Saves and restores training states with Orbax, never losing the latest one.
+
+A stage of a run has one folder. Saving is asynchronous and atomic: a run killed while saving restores the checkpoint before.
+"""
+
+import logging
+import pathlib
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+State = TypeVar("State")
+NUM_KEPT = 2  # The latest, and the one before it in case the disk fills up while the latest is being written.
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
+
+
+class Checkpoints:
+    """The checkpoints of one stage in a folder, numbered by training step. Use as a context manager, or call `close`."""
+
+    def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
+        path = pathlib.Path(directory).resolve()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(NUM_KEPT), create=not read_only, read_only=read_only, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(path, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the latest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State) -> None:
+        """Saves a tree of arrays in the background. A step that is already there is left as it is."""
+        if step != self.latest():
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def restore(self, like: State) -> State:
+        """The latest state. `like` gives the tree, shapes and types. FileNotFoundError if there is none."""
+        step = self.latest()
+        if step is None:
+            raise FileNotFoundError(f"There is no checkpoint in {self._manager.directory}.")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,157 @@
+"""Reads a configuration file, applies overrides from the command line, checks it, and keeps it with the run.
+
+Everything that can be wrong with a configuration becomes a ConfigurationError of one sentence: what was wrong, what is
+allowed, what to do.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dd_jax import models, training
+from dd_jax.baselines import LOSSES
+from dd_jax.data import PREPROCESSINGS, SOURCES
+from dd_jax.norms import NORMS
+
+FILE_NAME = "config.json"
+NOT_PART_OF_THE_RUN = ("data.dir",)  # May differ from one machine to the next.
+
+
+class ConfigurationError(ValueError):
+    """One sentence for the person who wrote the configuration or the command."""
+
+
+CHOICES = {
+    "model.name": models.NAMES,
+    "data.name": SOURCES,
+    "data.preprocessing": ("paper", *PREPROCESSINGS),
+    "defense.name": tuple(LOSSES),
+    "defense.norm": NORMS,
+    "reference.schedule": tuple(training.SCHEDULES),
+    "fine_tuning.schedule": tuple(training.SCHEDULES),
+}
+AT_LEAST_ONE = ("batch_size", "defense.num_steps", "evaluation.num_steps")
+MUST_BE_POSITIVE = ("learning_rate",)
+
+
+def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration in a Python file (`get_config()`), with overrides like `--config.defense.correct_scale=30`."""
+    config = _load(pathlib.Path(path))
+    for override in overrides:
+        _apply(config, override)
+    check(config)
+    return config
+
+
+def _load(path: pathlib.Path) -> ConfigDict:
+    if not path.is_file():
+        others = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(others)}" if others else ""
+        raise ConfigurationError(f"There is no configuration file {path}{hint}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # Whatever the file does wrong is the user's to know, without our traceback.
+        raise ConfigurationError(f"The configuration file {path} cannot be used: {type(error).__name__}: {error}") from error
+    return config
+
+
+def _apply(config: ConfigDict, override: str) -> None:
+    name, separator, text = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not separator:
+        raise ConfigurationError(f"The argument {override!r} is not understood; overrides look like --config.seed=1.")
+    fields = flatten(config)
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4) or sorted(fields)
+        raise ConfigurationError(f"There is no field {name!r} in the configuration; did you mean {' or '.join(close)}?")
+    config.update_from_flattened_dict({name: _convert(name, text, fields[name])})
+
+
+def _convert(name: str, text: str, present: Any) -> Any:
+    """The override's text as the type that the field has."""
+    if isinstance(present, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(present):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(present)]
+        raise ConfigurationError(f"{name} is {text!r}; it must be {kind}, such as {present}.")
+    return value
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for name, value in config.items():
+        inner = isinstance(value, (ConfigDict, dict))
+        flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+    return flat
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigurationError for the first value that makes no sense."""
+    for name, value in flatten(config).items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ConfigurationError(f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.endswith(AT_LEAST_ONE) and value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1.")
+        if name.endswith(MUST_BE_POSITIVE) and not value > 0:
+            raise ConfigurationError(f"{name} is {value}; it must be above 0.")
+        if value < 0 or not math.isfinite(value):
+            raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
+    if config.defense.num_candidates == 1:
+        raise ConfigurationError("defense.num_candidates is 1; it must be at least 2, or 0 for all classes.")
+
+
+def claim_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes the run directory and writes the configuration into it; ConfigurationError if it holds another run."""
+    path = workdir / FILE_NAME
+    if path.exists():
+        theirs, ours = _comparable(load(workdir)), _comparable(config)
+        different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        if different:
+            listed = ", ".join(f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in different[:5])
+            raise ConfigurationError(
+                f"The run directory {workdir} belongs to another configuration: {listed}; "
+                "give another one with --workdir, or remove it to start anew."
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ConfigurationError(
+            f"{workdir} exists and is not a run directory (it has no {FILE_NAME}); give an empty or new one with --workdir."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _comparable(config: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in flatten(config).items() if name not in NOT_PART_OF_THE_RUN}
+
+
+def load(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of an existing run directory."""
+    path = workdir / FILE_NAME
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{workdir} is not a run directory: it has no {FILE_NAME}; give one that train.py made, with --workdir."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{path} is damaged ({error}); restore it or start a new run.") from error

@@ -1,0 +1,84 @@
+"""Convolution whose derivatives are convolutions of the same plain kind, to any order.
+
+XLA runs a plain convolution (NHWC images, HWIO kernel, stride 1) at full speed on a CPU, but inside a loop the forms that
+autodiff makes for its derivatives run up to 100 times slower (jax issue 12868). The derivatives are convolutions themselves,
+    y = x * w      =>      x_bar = y_bar * flipped w^T,      w_bar = x^T * y_bar^T   (batch and channels change places),
+so they are written out as such here, and are closed under further differentiation.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolution(
+    x: Float[Array, "batch height width inputs"], kernel: Float[Array, "down across inputs outputs"], padding: Padding
+) -> Float[Array, "batch rows columns outputs"]:
+    """Cross-correlation with stride 1, `padding` zeros ((top, bottom), (left, right)); differentiable in reverse mode."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+
+
+def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+    return convolution(x, kernel, padding), (x, kernel)
+
+
+def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return _input_gradient(kernel, cotangent, padding), _kernel_gradient(x, cotangent, padding, kernel.shape)
+
+
+def _input_gradient(kernel: Array, cotangent: Array, padding: Padding) -> Array:
+    # The barriers keep XLA from folding the transposition back into the slow form.
+    flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
+    sizes = kernel.shape[:2]
+    return convolution(cotangent, flipped, tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True)))
+
+
+def _kernel_gradient(x: Array, cotangent: Array, padding: Padding, shape: tuple[int, ...]) -> Array:
+    if shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
+        return jnp.einsum("nhwi,nhwo->io", x, cotangent)[None, None]
+    images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
+    kernels = lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3))
+    return convolution(images, kernels, padding).transpose(1, 2, 0, 3)
+
+
+convolution.defvjp(_forward, _backward)
+
+
+def strided_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    """As `convolution`, with strides: every stride x stride block of pixels becomes the channels of one pixel.
+
+    A window then starts at a whole pixel, and the kernel, filled up with zeros to whole blocks, moves by one.
+    """
+    if strides == (1, 1):
+        return convolution(x, kernel, padding)
+    (down, across), (rows, columns) = strides, kernel.shape[:2]
+    counts = [(n + lo + hi - k) // s + 1 for n, (lo, hi), k, s in zip(x.shape[1:3], padding, (rows, columns), strides, strict=True)]
+    blocks = -(-rows // down), -(-columns // across)
+    sizes = [(count + block - 1) * s for count, block, s in zip(counts, blocks, strides, strict=True)]
+    ends = [size - n - lo for size, n, (lo, _) in zip(sizes, x.shape[1:3], padding, strict=True)]
+    edges = [(0, 0, 0), (padding[0][0], ends[0], 0), (padding[1][0], ends[1], 0), (0, 0, 0)]
+    x = _space_to_depth(lax.pad(x, jnp.zeros((), x.dtype), edges), down, across)
+    filled = jnp.pad(kernel, ((0, blocks[0] * down - rows), (0, blocks[1] * across - columns), (0, 0), (0, 0)))
+    return convolution(x, _space_to_depth(filled.transpose(3, 0, 1, 2), down, across).transpose(1, 2, 3, 0), ((0, 0), (0, 0)))
+
+
+def _space_to_depth(x: Array, down: int, across: int) -> Array:
+    batch, height, width, channels = x.shape
+    blocks = x.reshape(batch, height // down, down, width // across, across, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(batch, height // down, width // across, down * across * channels)
+
+
+def grouped_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding, num_groups: int) -> Array:
+    """As `strided_convolution`, with inputs and outputs in `num_groups` groups that do not mix: one convolution each."""
+    if num_groups == 1:
+        return strided_convolution(x, kernel, strides, padding)
+    parts = zip(jnp.split(x, num_groups, axis=3), jnp.split(kernel, num_groups, axis=3), strict=True)
+    return jnp.concatenate([strided_convolution(part, k, strides, padding) for part, k in parts], axis=3)

@@ -1,0 +1,197 @@
+"""The paper's input spaces: from uint8 pixels to the float32 inputs of the network.
+
+A perturbation, its size, and rho mean something only together with the space they are measured in, so a run saves its
+`Preprocessing` and measures with that very one again. Everything is fitted on training images alone.
+"""
+
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from dd_jax.data.sources import Images
+
+Inputs = Float32[np.ndarray, "n h w c"]
+
+DESCRIPTIONS = {
+    "none": "pixels as they are",
+    "mean_image": "minus the mean training image",
+    "contrast_whiten": "minus the mean training image, contrast-normalised per image, ZCA-whitened as in cnn_cifar.m",
+}
+PREPROCESSINGS = tuple(DESCRIPTIONS)
+# Grey levels to a unit of the input: ||perturbation||_2 in the input space then is the paper's l_2 as it stands.
+PIXEL_SCALE = np.float32(255)
+# cnn_cifar.m: an image of a lower standard deviation (grey levels) counts as flat, and its noise is not blown up.
+LOWEST_CONTRAST = np.float32(40)
+# cnn_cifar.m floors the roots of the eigenvalues at 10 grey levels, but of a covariance that it divides by all 60,000
+# images although it sums only the 50,000 for training. With the true covariance that is this floor (and no other
+# difference: the scale cancels everywhere else).
+EIGENVALUE_ROOT_FLOOR = 10 * np.sqrt(60_000 / 50_000)
+# Images held as float32 at once, 25 MB of CIFAR-10.
+IMAGES_PER_CHUNK = 2_000
+
+
+class Preprocessing(NamedTuple):
+    """A fitted map from uint8 images to float32 inputs; a plain container, which `save` and `load` keep in a file.
+
+    Attributes:
+      name: one of `PREPROCESSINGS`.
+      mean_image: float32 `(h, w, c)`, the mean training image in grey levels; None for "none".
+      mean_contrast: float32 `()`, the mean over the training images of their standard deviations, in grey levels; only
+        for "contrast_whiten".
+      whitening: float32 `(h*w*c, h*w*c)`, symmetric; only for "contrast_whiten".
+    """
+
+    name: str
+    mean_image: np.ndarray | None = None
+    mean_contrast: np.ndarray | None = None
+    whitening: np.ndarray | None = None
+
+    def __call__(self, images: Images) -> Inputs:
+        """Maps uint8 images `(n, h, w, c)`, 0..255, to float32 inputs of the same shape; n may be 0.
+
+        Raises:
+          ValueError: images that are not uint8, or of another shape than those it was fitted on.
+        """
+        _check_images(images)
+        if self.mean_image is not None and images.shape[1:] != self.mean_image.shape:
+            raise ValueError(
+                f"the preprocessing {self.name!r} was fitted on images of shape {self.mean_image.shape}, got images of"
+                f" shape {images.shape[1:]}: fit it on training images of this shape"
+            )
+        inputs = np.empty(images.shape, np.float32)
+        for start in range(0, len(images), IMAGES_PER_CHUNK):
+            chunk = slice(start, start + IMAGES_PER_CHUNK)
+            inputs[chunk] = self._levels(images[chunk]) / PIXEL_SCALE
+        return inputs
+
+    @property
+    def description(self) -> str:
+        """One line for a report: what was done to the pixels, and the unit."""
+        return f"{self.name} ({DESCRIPTIONS[self.name]}; 0..255 becomes 0..1)"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes an .npz file, whole or not at all: 38 MB for whitened CIFAR-10, a few kB else."""
+        arrays = {key: value for key, value in self._asdict().items() if value is not None}
+        path = pathlib.Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:  # an open file, because np.savez would append .npz to the name
+            np.savez(file, **arrays)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Preprocessing":
+        """Reads what `save` wrote; the result maps images to exactly the same inputs.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: the file holds something else.
+        """
+        with np.load(path) as file:
+            arrays = dict(file)
+        name = str(arrays.pop("name", None))
+        if name not in PREPROCESSINGS or set(arrays) - set(cls._fields):
+            raise ValueError(f"{path} is not a file that Preprocessing.save wrote: it holds {name!r}, {sorted(arrays)}")
+        return cls(name, **arrays)
+
+    def _levels(self, images: Images) -> Inputs:
+        """Everything but the division by 255."""
+        if self.name == "none":
+            return images.astype(np.float32)
+        if self.name == "mean_image":
+            return images - self.mean_image
+        levels = _normalised_contrast(images, self.mean_image)[0] * self.mean_contrast
+        return (levels @ self.whitening).reshape(images.shape)
+
+
+def fit(name: str, train_images: Images) -> Preprocessing:
+    r"""Fits one of the paper's input spaces on training images.
+
+    - "none": `x / 255`. Nothing is fitted.
+    - "mean_image" (the paper's MNIST): `(x - mean) / 255` with the mean training image.
+    - "contrast_whiten" (the paper's CIFAR-10), on grey levels and, from the second step on, on an image as one vector
+      of d = h*w*c values:
+
+          z_i = x_i - mean image
+          z_i = z_i - mean(z_i)                                       of its own d values
+          z_i = z_i / max(std(z_i), 40) * mean_j std(z_j)             std with d - 1 in its denominator
+          C   = (1/n) sum_i z_i z_i^T = V diag(lambda) V^T            z is not centred again
+          x'_i = V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T z_i / 255
+
+      so that whitening keeps the mean energy `trace(C)/d` where no eigenvalue is below the floor. Steps and order are
+      those of MatConvNet's `examples/cifar/cnn_cifar.m` (all but the 255). Its floor of 10 belongs to a covariance
+      that is scaled by 50,000/60,000, which makes `floor = 10 sqrt(6/5)` here. One thing differs: its mean of the
+      standard deviations takes in the test images, this one does not (on CIFAR-10 a factor within 0.02 % of 1).
+
+    Sums over images and the eigenvectors are float64; the arrays kept are float32.
+
+    Args:
+      name: one of `PREPROCESSINGS`.
+      train_images: uint8 `(n, h, w, c)`, 0..255. Flat images (all pixels equal) are mapped to zero by
+        "contrast_whiten" unless the mean image tells them apart.
+
+    Raises:
+      ValueError: unknown name, images that are not uint8 of rank 4, or none at all.
+    """
+    if name not in PREPROCESSINGS:
+        raise ValueError(f"unknown preprocessing {name!r}: choose one of {', '.join(PREPROCESSINGS)}")
+    _check_images(train_images)
+    if len(train_images) == 0:
+        raise ValueError(f"the preprocessing {name!r} cannot be fitted without training images")
+    if name == "none":
+        return Preprocessing(name)
+    mean_image = train_images.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if name == "mean_image":
+        return Preprocessing(name, mean_image)
+
+    num_values = mean_image.size
+    contrast_sum, product_sum = 0.0, np.zeros((num_values, num_values))
+    for start in range(0, len(train_images), IMAGES_PER_CHUNK):
+        levels, contrasts = _normalised_contrast(train_images[start : start + IMAGES_PER_CHUNK], mean_image)
+        contrast_sum += contrasts.sum(dtype=np.float64)
+        product_sum += levels.T @ levels
+    mean_contrast = np.float32(contrast_sum / len(train_images))
+    covariance = product_sum * (float(mean_contrast) ** 2 / len(train_images))
+    return Preprocessing(name, mean_image, np.asarray(mean_contrast), _whitening(covariance))
+
+
+def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the least and the greatest input that a pixel can become, or None where they are not one by one.
+
+    "none" has the bounds 0 and 1, of shape `()`; "mean_image" has `-mean/255` and `1 - mean/255`, float32 of shape
+    `(1, h, w, c)` that broadcasts against a batch; whitening mixes the pixels, and has none.
+    """
+    if preprocessing.name == "contrast_whiten":
+        return None
+    if preprocessing.name == "none":
+        return np.asarray(np.float32(0)), np.asarray(np.float32(1))
+    mean_image = preprocessing.mean_image[None]
+    return (0 - mean_image) / PIXEL_SCALE, (PIXEL_SCALE - mean_image) / PIXEL_SCALE
+
+
+def _normalised_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `(x - mean) / max(std, 40)` of each image as a vector `(n, d)`, and the stds `(n,)` in grey levels."""
+    levels = (images - mean_image).reshape(len(images), -1)
+    levels -= levels.mean(axis=1, keepdims=True)
+    # An image of one value has no spread; with d - 1 = 0 that would be 0/0.
+    contrasts = np.sqrt(np.einsum("nd,nd->n", levels, levels) / max(levels.shape[1] - 1, 1))
+    levels /= np.maximum(contrasts, LOWEST_CONTRAST)[:, None]
+    return levels, contrasts
+
+
+def _whitening(covariance: np.ndarray) -> np.ndarray:
+    """Returns `V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T` of `C = V diag(lambda) V^T`, as float32."""
+    import scipy.linalg
+
+    # Divide and conquer is the fastest LAPACK driver for all eigenvectors: 3072 x 3072 takes 3 s on two idle cores.
+    eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
+    eigenvalues = np.maximum(eigenvalues, 0)  # rounding makes those of the null space slightly negative
+    gains = np.sqrt(eigenvalues.mean()) / np.maximum(np.sqrt(eigenvalues), EIGENVALUE_ROOT_FLOOR)
+    return ((vectors * gains) @ vectors.T).astype(np.float32)
+
+
+def _check_images(images: np.ndarray) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"expected uint8 images (n, h, w, c) in 0..255, got {images.dtype} of shape {images.shape}")
