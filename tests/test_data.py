@@ -1,0 +1,406 @@
+"""Data sets, input spaces and batches. The TFDS sets are tiny ones that the tests write themselves."""
+
+import functools
+import gzip
+import http.server
+import io
+import pathlib
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dd_jax import data
+from dd_jax.data import __main__ as downloads
+from dd_jax.data import preprocessing
+
+SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+
+def random_images(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def by_label(images, labels):
+    """TFDS shuffles what it prepares; the tests give every image a label of its own and sort by it."""
+    return images[np.argsort(labels)]
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A TFDS directory with ten training and five test images of each set, and those images."""
+    import tensorflow_datasets as tfds
+
+    directory, written = tmp_path_factory.mktemp("tfds"), {}
+
+    def png(image):
+        file = io.BytesIO()
+        PIL.Image.fromarray(image.squeeze()).save(file, "PNG")
+        return file.getvalue()
+
+    for base in (tfds.image_classification.MNIST, tfds.image_classification.Cifar10):
+        shape = SHAPES[base.name]
+        images = {"train": random_images((10, *shape), 1), "test": random_images((5, *shape), 2)}
+        ids = {"id": "any"} if base.name == "cifar10" else {}
+
+        def examples(split, images=images, ids=ids):
+            yield from ((i, {"image": png(x), "label": i, **ids}) for i, x in enumerate(images[split]))
+
+        def generators(self, _, examples=examples):
+            return {split: examples(split) for split in ("train", "test")}
+
+        with tfds.core.registered.skip_registration():
+            builder_class = type(base.__name__, (base,), {"_split_generators": generators, "__module__": __name__})
+        builder_class(data_dir=directory, file_format="array_record").download_and_prepare(file_format="array_record")
+        written[base.name] = images
+    return directory, written
+
+
+# Sources
+
+
+def test_importing_loads_neither_tfds_nor_tensorflow():
+    code = "import sys, dd_jax.data; sys.exit(any(m in sys.modules for m in ('tensorflow_datasets', 'tensorflow')))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(downloads.__file__).parents[2])
+
+
+def test_digits_are_a_fixed_even_split_of_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    digits = data.load("digits", (8, 8, 1))
+    assert digits.description == "digits (scikit-learn, 8x8x1)"
+    assert (digits.num_classes, len(digits.train_labels), len(digits.test_labels)) == (10, 1437, 360)
+    assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
+    assert digits.train_labels.dtype == digits.test_labels.dtype == np.int32
+    assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
+    # Train and test together are the original, each digit as often: hence disjoint.
+    originals = np.concatenate([np.rint(pixels * 255 / 16), labels[:, None]], axis=1)
+    parts = [(digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)]
+    loaded = np.concatenate([np.concatenate([x.reshape(-1, 64), y[:, None]], axis=1) for x, y in parts])
+    np.testing.assert_array_equal(loaded[np.lexsort(loaded.T)], originals[np.lexsort(originals.T)])
+    share = np.bincount(digits.test_labels) / np.bincount(labels)
+    assert share.min() > 0.19 and share.max() < 0.21
+    np.testing.assert_array_equal(digits.test_labels[:10], data.load("digits", (28, 28, 1), test_limit=10).test_labels)
+
+
+def test_digits_take_any_shape_and_limits():
+    digits = data.load("digits", (32, 30, 3), train_limit=7, test_limit=10_000)
+    assert digits.train_images.shape == (7, 32, 30, 3) and digits.test_images.shape == (360, 32, 30, 3)
+    assert digits.description == (
+        "digits (scikit-learn, 8x8x1 enlarged to 32x30x3, grey in each channel; first 7 of 1437 train images)"
+    )
+    np.testing.assert_array_equal(digits.train_images[..., 0], digits.train_images[..., 2])
+    small = data.load("digits", (8, 8, 1), train_limit=7)
+    # Enlarged fourfold in both directions, the picture is still the same: block means are the old pixels, nearly.
+    large = data.load("digits", (32, 32, 1), train_limit=7).train_images.reshape(7, 8, 4, 8, 4).mean(axis=(2, 4))
+    assert np.corrcoef(large.ravel(), small.train_images.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_tfds_sets_are_read_back_exactly(tfds_dir, name):
+    directory, written = tfds_dir
+    messages = []
+    loaded = data.load(name, SHAPES[name], data_dir=directory, progress=messages.append)
+    for split, images, labels in (
+        ("train", loaded.train_images, loaded.train_labels),
+        ("test", loaded.test_images, loaded.test_labels),
+    ):
+        assert sorted(labels) == list(range(len(labels))) and labels.dtype == np.int32
+        np.testing.assert_array_equal(by_label(images, labels), written[name][split])
+    assert loaded.num_classes == 10 and loaded.description.startswith(f"{name} (TFDS 3.0.")
+    assert messages == [f"{name} train: 10 of 10 images read", f"{name} test: 5 of 5 images read"]
+    limited = data.load(name, SHAPES[name], data_dir=str(directory), train_limit=4)
+    np.testing.assert_array_equal(limited.train_images, loaded.train_images[:4])
+    assert limited.description.endswith("; first 4 of 10 train images)")
+
+
+def test_mnist_gets_a_black_margin_and_three_channels(tfds_dir, monkeypatch):
+    directory, written = tfds_dir
+    monkeypatch.setenv("TFDS_DATA_DIR", str(directory))
+    mnist = data.load("mnist", (32, 32, 3))
+    assert "28x28x1 padded with black to 32x32x3, grey in each channel" in mnist.description
+    images = by_label(mnist.train_images, mnist.train_labels)
+    for channel in range(3):
+        np.testing.assert_array_equal(images[:, 2:30, 2:30, channel], written["mnist"]["train"][..., 0])
+    assert images.sum() == 3 * written["mnist"]["train"].sum(dtype=np.int64)  # nothing but black around it
+    assert "enlarged to 64x64x1" in data.load("mnist", (64, 64, 1)).description
+
+
+def test_cifar10_becomes_small_and_grey(tfds_dir):
+    directory, written = tfds_dir
+    cifar10 = data.load("cifar10", (32, 32, 1), data_dir=directory)
+    red, green, blue = np.moveaxis(written["cifar10"]["test"].astype(float), -1, 0)
+    grey = by_label(cifar10.test_images, cifar10.test_labels)[..., 0]
+    assert np.abs(grey - (0.299 * red + 0.587 * green + 0.114 * blue)).max() < 0.5 + 1e-9
+    small = data.load("cifar10", (28, 28, 1), data_dir=directory)
+    assert small.train_images.shape == (10, 28, 28, 1)
+    assert "32x32x3 resized to 28x28x1, colours to their luma" in small.description
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_missing_data_costs_one_sentence_at_once(tmp_path, name):
+    start = time.monotonic()
+    with pytest.raises(data.DataError) as caught:
+        data.load(name, SHAPES[name], data_dir=tmp_path / "with space")
+    assert time.monotonic() - start < 1
+    message = str(caught.value)
+    assert f"{tmp_path}/with space/{name}/3.0." in message and "*.array_record*" in message
+    assert f"`python -m dd_jax.data {name} --data_dir '{tmp_path}/with space'`" in message
+    assert message.endswith("--config.data.name=digits, which needs no download") and "\n" not in message
+
+
+def test_other_formats_and_broken_files_cost_one_sentence(tmp_path):
+    folder = tmp_path / "mnist" / "3.0.1"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "mnist-train.tfrecord-00000-of-00001").touch()
+    with pytest.raises(data.DataError, match="another file format.*python -m dd_jax.data mnist --data_dir OTHER_DIR"):
+        data.load("mnist", (28, 28, 1), data_dir=tmp_path)
+    for split in ("train", "test"):
+        (folder / f"mnist-{split}.array_record-00000-of-00001").touch()
+    with pytest.raises(data.DataError, match="cannot be read.*delete that directory"):
+        data.load("mnist", (28, 28, 1), data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("svhn", (28, 28, 1)), "'svhn'.*digits, mnist, cifar10"),
+        (("digits", (28, 28)), "image_shape"),
+        (("digits", (28, 28, 2)), "image_shape"),
+        (("digits", (0, 28, 1)), "image_shape"),
+    ],
+)
+def test_impossible_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(*arguments)
+    with pytest.raises(ValueError, match="test_limit must be a positive"):
+        data.load("digits", (28, 28, 1), test_limit=0)
+
+
+@pytest.fixture
+def website(tmp_path, monkeypatch):
+    """A local server of downloads, three files of which are there: CIFAR-10, and MNIST without its test labels."""
+    import tensorflow_datasets as tfds
+
+    for name, header in (("train-images-idx3", 16), ("train-labels-idx1", 8), ("t10k-images-idx3", 16)):
+        content = random_images((3, 28, 28)).tobytes() if header == 16 else bytes([0, 1, 2])
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + content))
+    planes = random_images((12, 3, 32, 32))
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        for file in range(6):
+            name = "test_batch" if file == 5 else f"data_batch_{file + 1}"
+            rows = range(2 * file, 2 * file + 2)
+            content = b"".join(bytes([row % 10]) + planes[row].tobytes() for row in rows)
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(tfds.image_classification.MNIST, "URL", url)
+        monkeypatch.setattr(downloads, "CIFAR10_URL", url + "cifar.tar.gz")
+        yield planes
+        server.shutdown()
+
+
+def test_download_prepares_what_load_reads(website, tmp_path, monkeypatch, capsys):
+    cifar10 = data.load("cifar10", (32, 32, 3), data_dir=tmp_path / "tfds", download=True)
+    np.testing.assert_array_equal(
+        by_label(cifar10.train_images, cifar10.train_labels), website[:10].transpose(0, 2, 3, 1)
+    )
+    assert sorted(cifar10.test_labels) == [0, 1]
+    monkeypatch.setattr(sys, "argv", ["data", "cifar10", "--data_dir", str(tmp_path / "tfds")])
+    downloads.main()
+    assert f"cifar10 is ready in {tmp_path}/tfds/cifar10/3.0.2" in capsys.readouterr().out
+    examples = list(downloads.mnist_examples(*(tmp_path / f"train-{part}-ubyte.gz" for part in downloads.MNIST_PARTS)))
+    assert [(key, example["label"]) for key, example in examples] == [(0, 0), (1, 1), (2, 2)]
+    decoded = [np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for _, example in examples]
+    np.testing.assert_array_equal(decoded, random_images((3, 28, 28)))
+
+
+def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    with pytest.raises(data.DataError, match="mnist could not be downloaded from http://127.*DownloadError"):
+        data.load("mnist", (28, 28, 1), data_dir=tmp_path / "tfds", download=True)
+    monkeypatch.setattr(tfds.image_classification.MNIST, "URL", "http://127.0.0.1:1/")
+    monkeypatch.setattr(sys, "argv", ["data", "mnist", "--data_dir", str(tmp_path / "tfds")])
+    with pytest.raises(SystemExit, match="^error: mnist could not be downloaded.*no network"):
+        downloads.main()
+    with pytest.raises(ValueError, match="'digits' cannot be downloaded: choose one of mnist, cifar10"):
+        downloads.download("digits")
+
+
+# Preprocessing
+
+
+def test_none_and_mean_image():
+    train = np.array([0, 100, 200, 250], np.uint8).reshape(2, 1, 2, 1)
+    test = np.array([255, 0], np.uint8).reshape(1, 1, 2, 1)
+    none, mean_image = data.fit("none", train), data.fit("mean_image", train)
+    np.testing.assert_array_equal(none(test).ravel(), np.float32([1, 0]))
+    np.testing.assert_allclose(mean_image(test).ravel(), [155 / 255, -175 / 255], rtol=1e-6)
+    assert none(test).dtype == mean_image(test).dtype == np.float32
+    assert data.bounds(none) == (0, 1)
+    lower, upper = data.bounds(mean_image)
+    np.testing.assert_array_equal(lower, mean_image(np.zeros_like(test)))
+    np.testing.assert_array_equal(upper, mean_image(np.full_like(test, 255)))
+    assert "minus the mean training image" in mean_image.description
+
+
+def test_contrast_whiten_on_two_pixels_by_hand():
+    # Around the mean image (100, 100) lie +-(100, -100), of standard deviation 100 sqrt(2), and +-(20, -20), whose
+    # 20 sqrt(2) is below 40. Their mean, 60 sqrt(2), makes them +-(60, -60) and +-(30, -30) sqrt(2). Along (1, -1) the
+    # eigenvalue is (2 * 60^2 + 4 * 30^2) / 2 = 5400, along (1, 1) it is 0: the gain is sqrt(2700 / 5400).
+    train = np.uint8([[200, 0], [0, 200], [120, 80], [80, 120]]).reshape(4, 1, 2, 1)
+    fitted = data.fit("contrast_whiten", train)
+    np.testing.assert_allclose(fitted.mean_contrast, 60 * np.sqrt(2), rtol=1e-6)
+    expected = np.array(
+        [[60, -60], [-60, 60], [30 * np.sqrt(2), -30 * np.sqrt(2)], [-30 * np.sqrt(2), 30 * np.sqrt(2)]]
+    )
+    np.testing.assert_allclose(fitted(train).reshape(4, 2), expected / np.sqrt(2) / 255, rtol=1e-5)
+    flat = fitted(np.full((1, 1, 2, 1), 77, np.uint8))
+    np.testing.assert_allclose(flat, 0, atol=1e-6)
+    assert data.bounds(fitted) is None
+
+
+def test_whitening_floors_the_small_eigenvalues():
+    # cnn_cifar.m divides the covariance by 60,000 for 50,000 images, and floors the roots at 10.
+    eigenvalues = np.array([0, 25, 144, 400.0])
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    seen_by_cnn_cifar = eigenvalues * 50_000 / 60_000
+    gains = np.sqrt(seen_by_cnn_cifar.mean()) / np.maximum(np.sqrt(seen_by_cnn_cifar), 10)
+    whitening = preprocessing._whitening((basis * eigenvalues) @ basis.T)
+    np.testing.assert_allclose(whitening, (basis * gains) @ basis.T, atol=1e-6)
+    np.testing.assert_allclose(gains[2:], np.sqrt(142.25) / np.array([12, 20]))
+
+
+def test_whitening_whitens_the_training_images_and_keeps_their_energy():
+    mixing = 0.8 * np.eye(12) + np.random.default_rng(3).normal(size=(12, 12)) / 10
+    train = np.clip((random_images((5000, 12)) - 127.5) @ mixing + 128, 0, 255).astype(np.uint8).reshape(-1, 2, 2, 3)
+    inputs = data.fit("contrast_whiten", train)(train).reshape(-1, 12).astype(np.float64) * 255
+    second_moment = inputs.T @ inputs / len(inputs)
+    # All eigenvalues are above the floor but one: the mean of each image was taken away, so (1, ..., 1) is empty.
+    kept = np.eye(12) - 1 / 12
+    energy = second_moment.trace() / 11
+    np.testing.assert_allclose(second_moment, energy * kept, atol=1e-4 * energy)
+    levels, _ = preprocessing._normalised_contrast(train, train.mean(axis=0, dtype=np.float64).astype(np.float32))
+    levels *= data.fit("contrast_whiten", train).mean_contrast
+    np.testing.assert_allclose(energy, (levels**2).sum() / len(levels) / 12, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", data.PREPROCESSINGS)
+def test_preprocessing_survives_a_file_and_knows_no_test_image(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(preprocessing, "IMAGES_PER_CHUNK", 16)  # several chunks
+    train, test = random_images((50, 4, 4, 3)), random_images((40, 4, 4, 3), seed=1)
+    fitted = data.fit(name, train)
+    inputs = fitted(test)
+    assert inputs.dtype == np.float32 and fitted(test[:0]).shape == (0, 4, 4, 3)
+    np.testing.assert_allclose(np.concatenate([fitted(image[None]) for image in test]), inputs, atol=1e-5)
+    fitted.save(tmp_path / "preprocessing.npz")
+    restored = data.Preprocessing.load(tmp_path / "preprocessing.npz")
+    np.testing.assert_array_equal(restored(test), inputs)
+    assert restored.name == name and [path.name for path in tmp_path.iterdir()] == ["preprocessing.npz"]
+    monkeypatch.undo()
+    np.testing.assert_allclose(data.fit(name, train)(test), inputs, atol=1e-5)
+
+
+def test_impossible_preprocessing(tmp_path):
+    images = random_images((3, 2, 2, 1))
+    with pytest.raises(ValueError, match="'zca'.*none, mean_image, contrast_whiten"):
+        data.fit("zca", images)
+    with pytest.raises(ValueError, match="without training images"):
+        data.fit("mean_image", images[:0])
+    with pytest.raises(ValueError, match="uint8.*float64"):
+        data.fit("none", images / 255)
+    with pytest.raises(ValueError, match=r"fitted on images of shape \(2, 2, 1\), got images of shape \(1, 2, 1\)"):
+        data.fit("mean_image", images)(images[:, :1])
+    np.savez(tmp_path / "other.npz", weights=np.ones(3))
+    with pytest.raises(ValueError, match="not a file that Preprocessing.save wrote"):
+        data.Preprocessing.load(tmp_path / "other.npz")
+
+
+# Batches
+
+
+def numbered(count):
+    """Images whose pixels tell their row: 2 pixels, (row, -row - 1)."""
+    rows = np.arange(count)
+    return np.stack([rows, -rows - 1], axis=1).reshape(count, 1, 2, 1).astype(np.float32), rows.astype(np.int32)
+
+
+def test_an_epoch_shows_every_example_once_and_the_next_in_another_order():
+    images, labels = numbered(23)
+    assert data.steps_per_epoch(23, 5) == 4
+    batch_of = functools.partial(data.training_batch, images, labels, batch_size=5)
+    steps = [batch_of(seed=3, step=step) for step in range(8)]
+    for batch in steps:
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+        np.testing.assert_array_equal(batch["mask"], np.ones(5, np.float32))
+        assert batch["image"].dtype == np.float32 and batch["label"].dtype == np.int32
+    first, second = (np.concatenate([batch["label"] for batch in steps[i : i + 4]]) for i in (0, 4))
+    assert len(set(first)) == len(set(second)) == 20  # 3 of the 23 sit an epoch out
+    assert list(first) != list(second) and list(first) != sorted(first)
+    assert list(batch_of(seed=4, step=0)["label"]) != list(steps[0]["label"])
+    full = np.concatenate([data.training_batch(images, labels, batch_size=23, seed=0, step=7)["label"]])
+    assert sorted(full) == list(range(23))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_training_batch_depends_on_seed_and_step_alone(flip):
+    images, labels = numbered(40)
+    batch_of = functools.partial(data.training_batch, images, labels, batch_size=8, seed=1, flip=flip)
+    in_order = [batch_of(step=step) for step in range(20)]
+    for step in (19, 3, 11, 4):
+        again = batch_of(step=step)
+        for key, value in again.items():
+            np.testing.assert_array_equal(value, in_order[step][key])
+        again["image"][:] = 0  # a copy: the data are not touched
+    np.testing.assert_array_equal(images, numbered(40)[0])
+
+
+def test_flips_mirror_half_of_the_images():
+    images, labels = numbered(1000)
+    batch = data.training_batch(images, labels, batch_size=1000, seed=0, step=0, flip=True)
+    expected, row = images[batch["label"]], np.arange(1000)
+    mirrored = batch["image"][row, 0, 0, 0] != expected[row, 0, 0, 0]
+    assert 400 < mirrored.sum() < 600
+    np.testing.assert_array_equal(batch["image"][mirrored], expected[mirrored][:, :, ::-1])
+    np.testing.assert_array_equal(batch["image"][~mirrored], expected[~mirrored])
+
+
+def test_evaluation_batches_keep_order_and_are_filled_up():
+    images, labels = numbered(7)
+    labels = labels + 1
+    batches = list(data.evaluation_batches(images, labels, 3))
+    assert [list(batch["label"]) for batch in batches] == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+    assert [list(batch["mask"]) for batch in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    for batch in batches:
+        assert batch["image"].shape == (3, 1, 2, 1)
+        assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (np.float32, np.int32, np.float32)
+    np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in batches])[:7], images)
+    assert not batches[2]["image"][1:].any()
+    assert len(list(data.evaluation_batches(images, labels, 7))) == 1
+    assert list(data.evaluation_batches(images[:0], labels[:0], 3)) == []
+
+
+def test_impossible_batches():
+    images, labels = numbered(4)
+    with pytest.raises(ValueError, match="batch_size is 5, but there are only 4 training examples"):
+        data.training_batch(images, labels, batch_size=5, seed=0, step=0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        data.training_batch(images, labels, batch_size=2, seed=0, step=-1)
+    with pytest.raises(ValueError, match="4 images and 3 labels"):
+        data.training_batch(images, labels[:3], batch_size=2, seed=0, step=0)
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        data.evaluation_batches(images, labels, 0)
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        data.steps_per_epoch(4, 0)
