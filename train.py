@@ -21,8 +21,10 @@ def main() -> None:
         config.data.dir = arguments.data_dir
     workdir = arguments.workdir or pathlib.Path("runs") / pathlib.Path(arguments.config).stem
 
-    parts = experiment.build(config, workdir)  # Before the directory is claimed: a run without data leaves nothing behind.
-    configuration.claim_directory(config, workdir)
+    configuration.check_directory(config, workdir)
+    parts = experiment.build(config, workdir)
+    experiment.given_reference(parts)
+    configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
     print(f"{parts.data.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}", flush=True)
     report = reports.make_report(parts, experiment.run(parts))
     path = reports.write(report, workdir)

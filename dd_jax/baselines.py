@@ -1,7 +1,7 @@
 """The training losses that are compared, under one signature.
 
-A defense is `loss_fn(logits_fn, inputs, labels) -> (loss per example, metrics per example)`; `make_loss` gives the one that a
-name and its options stand for. Training differs in nothing else.
+A defense is `loss_fn(logits_fn, inputs, labels) -> (loss per example, metrics per example)`; `make_loss` gives the one
+that a name and its options stand for. Training differs in nothing else.
 """
 
 from collections.abc import Callable

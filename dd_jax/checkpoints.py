@@ -1,6 +1,8 @@
 """Saves and restores training states with Orbax, never losing the latest one.
 
-A stage of a run has one folder. Saving is asynchronous and atomic: a run killed while saving restores the checkpoint before.
+A stage of a run has one folder. Saving is asynchronous and atomic: a run killed while saving restores the checkpoint
+before. What is being saved may be donated to the next training step at once: where Orbax still reads the state's own
+memory (on the CPU), JAX sees that it is in use and lets the step write elsewhere.
 """
 
 import logging
@@ -18,12 +20,15 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at
 
 
 class Checkpoints:
-    """The checkpoints of one stage in a folder, numbered by training step. Use as a context manager, or call `close`."""
+    """The checkpoints of one stage in a folder, numbered by step. Use as a context manager, or call `close`."""
 
     def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
         path = pathlib.Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(NUM_KEPT), create=not read_only, read_only=read_only, enable_async_checkpointing=True
+            preservation_policy=LatestN(NUM_KEPT),
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(path, options=options)
 
@@ -37,11 +42,15 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: State) -> State:
-        """The latest state. `like` gives the tree, shapes and types. FileNotFoundError if there is none."""
+        """The latest state, on this machine's first device wherever it was saved. FileNotFoundError if there is none.
+
+        `like` gives the tree, shapes and types.
+        """
         step = self.latest()
         if step is None:
             raise FileNotFoundError(f"There is no checkpoint in {self._manager.directory}.")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:

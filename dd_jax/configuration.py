@@ -20,7 +20,7 @@ from dd_jax.baselines import LOSSES
 from dd_jax.data import PREPROCESSINGS, SOURCES
 from dd_jax.norms import NORMS
 
-FILE_NAME = "config.json"
+FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
 NOT_PART_OF_THE_RUN = ("data.dir",)  # May differ from one machine to the next.
 
 
@@ -37,6 +37,7 @@ CHOICES = {
     "reference.schedule": tuple(training.SCHEDULES),
     "fine_tuning.schedule": tuple(training.SCHEDULES),
 }
+NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
 AT_LEAST_ONE = ("batch_size", "defense.num_steps", "evaluation.num_steps")
 MUST_BE_POSITIVE = ("learning_rate",)
 
@@ -52,7 +53,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def _load(path: pathlib.Path) -> ConfigDict:
     if not path.is_file():
-        others = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        others = sorted(str(p) for p in path.parent.glob("[!_]*.py")) if path.parent.is_dir() else []
         hint = f"; there are {', '.join(others)}" if others else ""
         raise ConfigurationError(f"There is no configuration file {path}{hint}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -61,18 +62,25 @@ def _load(path: pathlib.Path) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # Whatever the file does wrong is the user's to know, without our traceback.
-        raise ConfigurationError(f"The configuration file {path} cannot be used: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(
+            f"The configuration file {path} cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigurationError(f"get_config() in {path} gives a {type(config).__name__}; it must give a ConfigDict.")
     return config
 
 
 def _apply(config: ConfigDict, override: str) -> None:
     name, separator, text = override.removeprefix("--config.").partition("=")
     if not override.startswith("--config.") or not separator:
-        raise ConfigurationError(f"The argument {override!r} is not understood; overrides look like --config.seed=1.")
+        raise ConfigurationError(
+            f"The argument {override!r} is not understood; overrides look like --config.seed=1, --help lists the rest."
+        )
     fields = flatten(config)
     if name not in fields:
-        close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4) or sorted(fields)
-        raise ConfigurationError(f"There is no field {name!r} in the configuration; did you mean {' or '.join(close)}?")
+        close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(fields))}."
+        raise ConfigurationError(f"There is no field {name!r} in the configuration; {hint}")
     config.update_from_flattened_dict({name: _convert(name, text, fields[name])})
 
 
@@ -82,7 +90,7 @@ def _convert(name: str, text: str, present: Any) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -103,7 +111,11 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigurationError for the first value that makes no sense."""
-    for name, value in flatten(config).items():
+    fields = flatten(config)
+    missing = sorted(CHOICES.keys() - fields.keys())
+    if missing:
+        raise ConfigurationError(f"The configuration has no {', '.join(missing)}; begin with configs/default.py.")
+    for name, value in fields.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ConfigurationError(f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}.")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -114,30 +126,45 @@ def check(config: ConfigDict) -> None:
             raise ConfigurationError(f"{name} is {value}; it must be above 0.")
         if value < 0 or not math.isfinite(value):
             raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
-    if config.defense.num_candidates == 1:
+    if fields.get("seed", 0) >= NUM_SEEDS:
+        raise ConfigurationError(f"seed is {config.seed}; it must be below {NUM_SEEDS}.")
+    if fields.get("defense.num_candidates") == 1:
         raise ConfigurationError("defense.num_candidates is 1; it must be at least 2, or 0 for all classes.")
 
 
-def claim_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes the run directory and writes the configuration into it; ConfigurationError if it holds another run."""
+def check_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """ConfigurationError unless the directory is this configuration's run, empty, or not there. Changes nothing."""
     path = workdir / FILE_NAME
     if path.exists():
         theirs, ours = _comparable(load(workdir)), _comparable(config)
         different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if different:
-            listed = ", ".join(f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in different[:5])
+            listed = ", ".join(
+                f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in different[:5]
+            )
             raise ConfigurationError(
                 f"The run directory {workdir} belongs to another configuration: {listed}; "
                 "give another one with --workdir, or remove it to start anew."
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or any(file.name != PARTIAL_NAME for file in workdir.iterdir())):
         raise ConfigurationError(
-            f"{workdir} exists and is not a run directory (it has no {FILE_NAME}); give an empty or new one with --workdir."
+            f"{workdir} exists and is not a run directory (it has no {FILE_NAME}); "
+            "give an empty or new one with --workdir."
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+
+
+def claim_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes the run directory and writes the configuration into it; ConfigurationError as in `check_directory`."""
+    check_directory(config, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The run directory {workdir} cannot be made ({error.strerror}); give another one with --workdir."
+        ) from error
+    partial = workdir / PARTIAL_NAME
     partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    partial.replace(path)
+    partial.replace(workdir / FILE_NAME)
 
 
 def _comparable(config: ConfigDict) -> dict[str, Any]:
@@ -148,10 +175,14 @@ def load(workdir: pathlib.Path) -> ConfigDict:
     """The configuration of an existing run directory."""
     path = workdir / FILE_NAME
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        config = ConfigDict(json.loads(path.read_text()))
+        check(config)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(
-            f"{workdir} is not a run directory: it has no {FILE_NAME}; give one that train.py made, with --workdir."
+            f"{workdir} is not a run directory: it has no {FILE_NAME}; give one that train.py made."
         ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{path} is damaged ({error}); restore it or start a new run.") from error
+    except (ValueError, AttributeError) as error:  # Not JSON, no JSON object, not our fields.
+        raise ConfigurationError(
+            f"{path} is damaged, or no run's ({error}); restore it, or give another directory."
+        ) from error
+    return config

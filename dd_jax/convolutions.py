@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+FEWEST_OUTPUTS = 2  # Fewer output channels than this are computed in blocks; measured on CPU.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -22,7 +23,35 @@ def convolution(
     x: Float[Array, "batch height width inputs"], kernel: Float[Array, "down across inputs outputs"], padding: Padding
 ) -> Float[Array, "batch rows columns outputs"]:
     """Cross-correlation with stride 1, `padding` zeros ((top, bottom), (left, right)); differentiable in reverse mode."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+    if kernel.shape[3] < FEWEST_OUTPUTS and kernel.shape[:2] != (1, 1):
+        return _in_blocks(x, kernel, padding)
+    return _plain(x, kernel, (1, 1), padding)
+
+
+def _plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    """XLA's own convolution, times one.
+
+    With the flags of `dd_jax.xla_settings` XLA hands a convolution to its faster library only together with an elementwise
+    operation; this one is always there, and the barrier keeps it from being simplified away.
+    """
+    y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
+    return y * lax.optimization_barrier(jnp.ones((), y.dtype))
+
+
+def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
+    """The same numbers, every 2 x 2 block of outputs computed as the channels of one output of a stride-2 convolution.
+
+    A convolution with one output channel (the input gradient of a grey image) leaves most of a vector register empty.
+    """
+    rows, columns, inputs, outputs = kernel.shape
+    sizes = [n + lo + hi - k + 1 for n, (lo, hi), k in zip(x.shape[1:3], padding, (rows, columns), strict=True)]
+    shifted = [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)]
+    blocks = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
+    padding = tuple((lo, hi + size % 2) for (lo, hi), size in zip(padding, sizes, strict=True))
+    y = _plain(x, blocks, (2, 2), padding)
+    batch, half_rows, half_columns, _ = y.shape
+    y = y.reshape(batch, half_rows, half_columns, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(batch, 2 * half_rows, 2 * half_columns, outputs)[:, : sizes[0], : sizes[1]]
 
 
 def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
@@ -44,9 +73,14 @@ def _input_gradient(kernel: Array, cotangent: Array, padding: Padding) -> Array:
 def _kernel_gradient(x: Array, cotangent: Array, padding: Padding, shape: tuple[int, ...]) -> Array:
     if shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         return jnp.einsum("nhwi,nhwo->io", x, cotangent)[None, None]
+    flipped = shape[2] > shape[3]
+    if flipped:  # The operand with fewer channels goes first: fewer, longer patches.
+        x, cotangent = cotangent, x
+        padding = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(shape[:2], padding, strict=True))
     images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
     kernels = lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3))
-    return convolution(images, kernels, padding).transpose(1, 2, 0, 3)
+    gradient = convolution(images, kernels, padding)
+    return jnp.flip(gradient, (1, 2)).transpose(1, 2, 3, 0) if flipped else gradient.transpose(1, 2, 0, 3)
 
 
 convolution.defvjp(_forward, _backward)

@@ -97,8 +97,8 @@ def regularizer(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    correct_scale: float = 25.0,
-    wrong_scale: float = 5.0,
+    correct_scale: float | Float[Array, ""] = 25.0,
+    wrong_scale: float | Float[Array, ""] = 5.0,
     norm: Norm = "l2",
     num_steps: int = 5,
     overshoot: float = 0.02,
@@ -126,9 +126,9 @@ def deep_defense_loss(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    penalty_weight: float = 15.0,
-    correct_scale: float = 25.0,
-    wrong_scale: float = 5.0,
+    penalty_weight: float | Float[Array, ""] = 15.0,
+    correct_scale: float | Float[Array, ""] = 25.0,
+    wrong_scale: float | Float[Array, ""] = 5.0,
     norm: Norm = "l2",
     num_steps: int = 5,
     overshoot: float = 0.02,
@@ -162,7 +162,7 @@ def deep_defense_loss(
     return cross_entropy + penalty_weight * penalty, metrics
 
 
-def _check_scales(**scales: float) -> None:
+def _check_scales(**scales: float | Float[Array, ""]) -> None:
     for name, value in scales.items():
         if not isinstance(value, jax.core.Tracer) and not value >= 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more.")
@@ -172,7 +172,7 @@ def _margin(
     logits_fn: LogitsFn, inputs: Array, labels: Array, logits: Array, options: Options
 ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
     """The signed margin, and the number of steps it took, given the clean logits."""
-    labels = labels.astype(jnp.int32)
+    inputs, labels = jnp.asarray(inputs), jnp.asarray(labels, jnp.int32)
     correct = jnp.argmax(logits, axis=-1) == labels
     apply_fn, closure, options = hoist_for_search(logits_fn, lax.stop_gradient(inputs), options)
     problem = Problem(inputs, labels, correct, likely_classes(logits, options.num_candidates))

@@ -48,23 +48,20 @@ class Experiment(NamedTuple):
 
 
 def build(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
-    """Loads the data, fits (or restores) the preprocessing and makes the net. DataError where the data is missing."""
+    """Loads the data, fits (or restores) the preprocessing and makes the net; changes nothing on disk.
+
+    DataError where the data is missing, ConfigurationError where a batch is larger than the data.
+    """
     data_set = load_data(config)
     model = models.create(config.model.name, num_classes=data_set.num_classes)
-    path = workdir / "preprocessing.npz"
-    if path.exists():
-        preprocessing = Preprocessing.load(path)
-    else:
-        preprocessing = data.fit(preprocessing_name(config), data_set.train_images)
-    return Experiment(
-        config,
-        workdir,
-        model,
-        data_set,
-        preprocessing,
-        preprocessing(data_set.train_images),
-        preprocessing(data_set.test_images),
-    )
+    saved = workdir / "preprocessing.npz"
+    fit = lambda: data.fit(preprocessing_name(config), data_set.train_images)
+    preprocessing = Preprocessing.load(saved) if saved.exists() else fit()
+    train_inputs, test_inputs = preprocessing(data_set.train_images), preprocessing(data_set.test_images)
+    experiment = Experiment(config, workdir, model, data_set, preprocessing, train_inputs, test_inputs)
+    for stage in (REFERENCE, DEFENDED):
+        make_stage(experiment, stage)
+    return experiment
 
 
 def load_data(config: ConfigDict) -> DataSet:
@@ -106,9 +103,13 @@ class Stage(NamedTuple):
 def make_stage(experiment: Experiment, name: str) -> Stage:
     """The reference's training, or the fine-tuning with the chosen defense."""
     config = experiment.config
-    settings = config.reference if name == REFERENCE else config.fine_tuning
+    section = "reference" if name == REFERENCE else "fine_tuning"
+    settings = config[section]
     loss_name, options = ("clean", {}) if name == REFERENCE else (config.defense.name, defense_options(config))
-    steps_per_epoch = data.steps_per_epoch(len(experiment.data.train_labels), settings.batch_size)
+    try:
+        steps_per_epoch = data.steps_per_epoch(len(experiment.data.train_labels), settings.batch_size)
+    except ValueError as error:
+        raise ConfigurationError(f"{section}.{error}") from error
     num_steps = settings.num_epochs * steps_per_epoch
     if settings.max_steps:
         num_steps = min(num_steps, settings.max_steps)
@@ -123,38 +124,45 @@ def make_optimizer(stage: Stage) -> Any:
 
 
 def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
-    """Weights and batch statistics of the reference net that the configuration names; None if it names none."""
-    source, model_name = experiment.config.reference.source, experiment.config.model.name
-    if not source:
+    """Weights and batch statistics of the reference net that the configuration names; None if it names none.
+
+    ConfigurationError where it names something else than a finished reference for this net and input space.
+    """
+    config = experiment.config
+    if not config.reference.source:
         return None
-    path = pathlib.Path(source)
+    path = pathlib.Path(config.reference.source)
     if path.is_dir():
-        other = load(path)
-        if other.model.name != model_name:
-            raise ConfigurationError(f"reference.source {path} holds a {other.model.name}, this configuration a {model_name}.")
-        state = restore(experiment._replace(config=other, workdir=path), REFERENCE)
+        theirs, ours = (f"{c.model.name} on {c.data.name} ({preprocessing_name(c)})" for c in (load(path), config))
+        if theirs != ours:
+            raise ConfigurationError(f"reference.source {path} is of {theirs}; this configuration needs {ours}.")
+        state = restore(experiment._replace(workdir=path), REFERENCE)
         return state.params, state.batch_stats
     if path.suffix != ".npz" or not path.is_file():
         raise ConfigurationError(
-            f"reference.source is {source!r}; it must be a run directory or an .npz file of PyTorch-named arrays."
+            f"reference.source is {str(path)!r}; it must be a run directory or an .npz file of PyTorch-named arrays."
         )
-    with np.load(path) as arrays:
-        try:
-            params = pretrained.from_torch(model_name, dict(arrays))
-        except ValueError as error:
-            raise ConfigurationError(f"{path} does not fit {model_name}: {error}") from error
+    try:
+        with np.load(path) as arrays:
+            params = pretrained.from_torch(config.model.name, dict(arrays))
+    except Exception as error:  # Whatever is wrong with the file is the user's to know, without our traceback.
+        raise ConfigurationError(f"reference.source {path} is of no use for {config.model.name}: {error}") from error
+    expected = jax.eval_shape(lambda: _untrained(experiment, make_stage(experiment, REFERENCE))).params
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+        classes = experiment.data.num_classes
+        raise ConfigurationError(f"reference.source {path} must have {classes} classes, as {config.data.name} has.")
     return jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32), params), {}
 
 
 def restore(experiment: Experiment, stage_name: str) -> training.TrainState:
-    """The latest state of a stage in the run directory. FileNotFoundError if there is none."""
+    """The final state of a stage in the run directory; ConfigurationError before the stage is trained and measured."""
     stage = make_stage(experiment, stage_name)
-    like = jax.eval_shape(lambda: _untrained(experiment, stage))
-    folder = experiment.workdir / "checkpoints" / stage_name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{experiment.workdir} has no checkpoint of the {stage_name} net; run train.py first.")
-    with Checkpoints(folder, read_only=True) as saved:
-        return saved.restore(like)
+    if not any(line["stage"] == stage_name and "measured" in line for line in read_lines(experiment.workdir)):
+        raise ConfigurationError(
+            f"{experiment.workdir} holds no finished {stage_name} net; let train.py go on to its end first."
+        )
+    with Checkpoints(experiment.workdir / "checkpoints" / stage_name, read_only=True) as saved:
+        return saved.restore(jax.eval_shape(lambda: _untrained(experiment, stage)))
 
 
 def _untrained(experiment: Experiment, stage: Stage) -> training.TrainState:
@@ -190,19 +198,20 @@ def _train_with_progress(
     steps = training.fit(
         state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=LOG_EVERY
     )
-    last_saved = time.monotonic()
+    limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
     with progress(f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step)) as bar:
         for state, step, means in steps:
             bar.update()
+            line = {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch}
             if means is not None:
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}")
-                log(experiment.workdir, {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch, **means})
-                if time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
-                    saved.save(step, state)
-                    last_saved = time.monotonic()
-            if experiment.config.evaluation.epoch_examples and step % stage.steps_per_epoch == 0:
-                measured = measure(experiment, state, limit=experiment.config.evaluation.epoch_examples, quiet=True)
-                log(experiment.workdir, {"stage": stage.name, "step": step, "epoch": step // stage.steps_per_epoch, "test": measured})
+                log(experiment.workdir, line | means)
+            if limit and step % stage.steps_per_epoch == 0:
+                log(experiment.workdir, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
+            # Saved after the step's lines, so that none is missing where the run goes on from here.
+            if means is not None and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+                saved.save(step, state)
+                last_saved = time.monotonic()
     return state
 
 
@@ -238,31 +247,31 @@ def measure_once(experiment: Experiment, stage_name: str, state: training.TrainS
 
 
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
-    """The whole run: reference, its measurement, fine-tuning with the defense, measurement. Returns both measurements."""
+    """The whole run: reference, its measurement, fine-tuning with the defense, its measurement. Returns both."""
     preprocessing_file = experiment.workdir / "preprocessing.npz"
     if not preprocessing_file.exists():
         experiment.preprocessing.save(preprocessing_file)
-    weights = given_reference(experiment)
+    given = given_reference(experiment)
 
     def reference_start() -> training.TrainState:
         stage = make_stage(experiment, REFERENCE)
-        if weights is None:
+        if given is None:
             return _untrained(experiment, stage)
-        state = training.fresh_state(make_optimizer(stage), *weights)
+        state = training.fresh_state(make_optimizer(stage), *given)
         return state._replace(step=jax.numpy.asarray(stage.num_steps, jax.numpy.int32))  # Nothing left to train.
 
     reference = train(experiment, REFERENCE, reference_start)
     before = measure_once(experiment, REFERENCE, reference)
     optimizer = make_optimizer(make_stage(experiment, DEFENDED))
-    params, batch_stats = jax.tree.map(jax.numpy.copy, (reference.params, reference.batch_stats))  # Training donates its state.
-    defended = train(experiment, DEFENDED, lambda: training.fresh_state(optimizer, params, batch_stats))
+    weights = jax.tree.map(jax.numpy.copy, (reference.params, reference.batch_stats))  # Training donates its state.
+    defended = train(experiment, DEFENDED, lambda: training.fresh_state(optimizer, *weights))
     return {REFERENCE: before, DEFENDED: measure_once(experiment, DEFENDED, defended)}
 
 
 def progress(description: str, total: int, unit: str, **options: Any) -> tqdm:
     """A progress bar with the time left; seldom redrawn where the output is not a terminal."""
-    seconds = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, desc=description, unit=unit, mininterval=seconds, dynamic_ncols=True, smoothing=0.1, **options)
+    options |= {"mininterval": 0.2 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "smoothing": 0.1}
+    return tqdm(total=total, desc=description, unit=unit, **options)
 
 
 def log(workdir: pathlib.Path, line: dict[str, Any]) -> None:

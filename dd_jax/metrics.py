@@ -1,7 +1,7 @@
 """Measures of accuracy and robustness, as sums over examples until the very end.
 
-A batch gives `Sums`; sums of batches add up (`jax.tree.map(jnp.add, ...)`), over devices and over a ragged last batch alike,
-since examples with mask 0 count for nothing. `summarise` divides once.
+A batch gives `Sums`; sums of batches add up (`jax.tree.map(jnp.add, ...)`), over devices and over a ragged last batch
+alike, since examples with mask 0 count for nothing. `summarise` divides once.
 """
 
 from typing import NamedTuple
@@ -39,9 +39,9 @@ def measure_batch(
 ) -> Sums:
     """Accuracy and DeepFool's perturbations on one batch.
 
-    As in the authors' test routine every example is attacked from its *predicted* label, misclassified ones included. Where
-    DeepFool does not succeed within `num_steps` the perturbation reached counts all the same: read the success rate beside.
-    `mask` is 1 for examples that count and 0 for padding. Options as in `dd_jax.deepfool`.
+    As in the authors' test routine every example is attacked from its *predicted* label, misclassified ones included.
+    Where DeepFool does not succeed within `num_steps` the perturbation reached counts all the same: read the success
+    rate beside. `mask` is 1 for examples that count and 0 for padding. Options as in `dd_jax.deepfool`.
     """
     attack = deepfool(
         logits_fn, inputs, norm=norm, num_steps=num_steps, overshoot=overshoot, num_candidates=num_candidates
@@ -62,11 +62,11 @@ def add(first: Sums, second: Sums) -> Sums:
     return jax.tree.map(jnp.add, first, second)
 
 
-def summarise(sums: Sums, norm: Norm = "l2") -> dict[str, float]:
+def summarise(sums: Sums, norm: Norm = "l2") -> dict[str, int | float]:
     """Means over all examples.
 
-    "accuracy" and "deepfool_success" are shares in 0..1; "rho_NORM" = mean ||D||_p / ||x||_p; "NORM" = mean ||D||_p, in the
-    units of the inputs; "deepfool_steps" is the mean number of steps. No examples at all: ValueError.
+    "accuracy" and "deepfool_success" are shares in 0..1; "rho_NORM" = mean ||D||_p / ||x||_p; "NORM" = mean ||D||_p, in
+    the units of the inputs; "deepfool_steps" is the mean number of steps. No examples at all: ValueError.
     """
     examples = float(sums.examples)
     if examples == 0:

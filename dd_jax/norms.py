@@ -1,9 +1,10 @@
-"""lp norms of batches of inputs: safe to differentiate at zero, with their duals."""
+"""lp norms of batches of inputs: safe to differentiate at zero, with their duals and their balls."""
 
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -56,3 +57,53 @@ def relative_norm(
 def per_example(values: Array, like: Array) -> Array:
     """Gives `values` (batch,) trailing axes of size one, so that it broadcasts against `like` (batch, ...)."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def steepest_direction(gradient: Float[Array, "batch ..."], norm: Norm) -> Float[Array, "batch ..."]:
+    """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for linf. Zero where it is.
+
+    The product it attains is the dual norm. However small or large the gradient, its square does not round to 0 or inf.
+    """
+    check_norm(norm)
+    if norm == "linf":
+        return jnp.sign(gradient)
+    largest = per_example(lp_norm(gradient, "linf"), gradient)
+    scaled = gradient / jnp.where(largest == 0, 1, largest)
+    size = per_example(lp_norm(scaled, "l2"), gradient)
+    return scaled / jnp.where(size == 0, 1, size)
+
+
+def project(x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm) -> Float[Array, "batch ..."]:
+    """The nearest point of the lp ball of that radius around zero, example by example.
+
+    Never outside, whatever rounds: the l2 ball is taken smaller by sqrt(size of an example) units of the dtype's precision,
+    which is more than adding up the squares in another order makes.
+    """
+    check_norm(norm)
+    radius = per_example(radius, x)
+    if norm == "linf":
+        return jnp.clip(x, -radius, radius)
+    radius = radius * (1 - (x.size // x.shape[0]) ** 0.5 * jnp.finfo(x.dtype).eps)
+    size = per_example(lp_norm(x, "l2"), x)
+    return jnp.where(size > radius, x * (radius / jnp.where(size == 0, 1, size)), x)
+
+
+def sample_in_ball(
+    key: PRNGKeyArray, like: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
+) -> Float[Array, "batch ..."]:
+    """A point per example, uniform in the lp ball of that radius around zero, in the shape and dtype of `like`.
+
+    What an example gets depends on the key and on its place in the batch, not on the size of the batch.
+    """
+    check_norm(norm)
+    shape, dtype = like.shape[1:], like.dtype
+
+    def point(key: PRNGKeyArray) -> Float[Array, "..."]:
+        if norm == "linf":
+            return jax.random.uniform(key, shape, dtype, -1, 1)
+        for_direction, for_length = jax.random.split(key)
+        direction = steepest_direction(jax.random.normal(for_direction, (1, *shape), dtype), "l2")[0]
+        return direction * jax.random.uniform(for_length, (), dtype) ** (1 / direction.size)
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(like.shape[0]))
+    return project(per_example(radius, like) * jax.vmap(point)(keys), radius, norm)

@@ -1,7 +1,7 @@
 """What the paper reports (supplement, Tables 2 to 4), to be printed beside what is measured.
 
-l_2 under DeepFool and under C&W, rho_inf under FGS, accuracy under PGD (l_inf, epsilon 0.1 on MNIST, 0.01 on CIFAR-10) and PASS, in
-the input spaces that `dd_jax.data` describes.
+l_2 under DeepFool and under C&W, rho_inf under FGS, accuracy under PGD (l_inf, epsilon 0.1 on MNIST, 0.01 on CIFAR-10)
+and PASS, in the input spaces that `dd_jax.data` describes.
 """
 
 from typing import NamedTuple

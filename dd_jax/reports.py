@@ -36,8 +36,15 @@ def make_report(experiment: Experiment, measured: dict[str, dict[str, float]]) -
         "config": flatten(config),
         "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} device(s))",
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # dd_jax itself, run from a checkout.
 
 
 def write(report: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:

@@ -24,7 +24,7 @@ def evaluate(jaxpr: jex_core.ClosedJaxpr, *inputs: Array) -> list[Array]:
     return _evaluate(jaxpr.jaxpr, jaxpr.consts, inputs)
 
 
-def _evaluate(jaxpr: jex_core.Jaxpr, constants: Sequence[Any], inputs: Sequence[Array]) -> list[Array]:
+def _evaluate(jaxpr: jex_core.Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     values: dict[jex_core.Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: atom.val if isinstance(atom, jex_core.Literal) else values[atom]
@@ -34,7 +34,7 @@ def _evaluate(jaxpr: jex_core.Jaxpr, constants: Sequence[Any], inputs: Sequence[
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: jex_core.JaxprEqn, arguments: list[Array]) -> Sequence[Array]:
+def _apply(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
     if name in INLINED:
         inner = params.get("jaxpr") or params["call_jaxpr"]

@@ -1,12 +1,12 @@
 """The training state, the training step and the loop around it.
 
-A run is a pure function of its configuration: the batch of step s and the random key of step s depend on the seed and on s
-alone, and the state holds arrays only. So a run that was killed and goes on from its latest checkpoint ends bitwise where an
-uninterrupted one ends.
+A run is a pure function of its configuration: the batch of step s and the random key of step s depend on the seed and
+on s alone, and the state holds arrays only. So a run that was killed and goes on from its latest checkpoint ends
+bitwise where an uninterrupted one ends.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -71,7 +71,9 @@ def make_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: f
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum))
 
 
-def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int) -> TrainState:
+def initial_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+) -> TrainState:
     """A state with freshly drawn weights."""
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape), jnp.float32))
     return fresh_state(optimizer, variables["params"], variables.get("batch_stats", {}))
@@ -87,8 +89,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jit-compiled `train_step(state, batch, key) -> (state, metrics)`.
 
-    batch: {"image": (batch, ...) inputs, "label": (batch,), "mask": (batch,)}, the loss is the mean over examples with mask 1.
-    Metrics are means over the same examples: "loss" and what `loss_fn` reports.
+    batch: {"image": (batch, ...) inputs, "label": (batch,), "mask": (batch,)}, the loss is the mean over examples with
+    mask 1. Metrics are means over the same examples: "loss" and what `loss_fn` reports.
     """
 
     def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
@@ -119,8 +121,8 @@ def fit(
 ) -> Iterator[tuple[TrainState, int, dict[str, float] | None]]:
     """Trains from the state's own step to `num_steps`, yielding `(state, step, means)` after every step.
 
-    `means` are the metrics averaged over the last `log_every` steps, None between. The caller saves, logs and shows progress.
-    A yielded state is consumed by the next step. DivergenceError when the loss is not finite.
+    `means` are the metrics averaged over the last `log_every` steps, None between. The caller saves, logs and shows
+    progress. A yielded state is consumed by the next step. DivergenceError when the loss is not finite.
     """
     key = jax.random.key(seed)
     recent: list[dict[str, Array]] = []
@@ -140,6 +142,7 @@ def fit(
         yield state, step + 1, means
 
 
+@cache  # Compiled once, although it is asked for after every epoch.
 def make_measure(model: nn.Module, **options: Any) -> Callable[[Any, Any, Batch], metrics.Sums]:
     """A jit-compiled `measure(params, batch_stats, batch) -> Sums`; options as in `metrics.measure_batch`."""
 
@@ -147,4 +150,4 @@ def make_measure(model: nn.Module, **options: Any) -> Callable[[Any, Any, Batch]
         logits_fn = make_logits_fn(model, params, batch_stats)
         return metrics.measure_batch(logits_fn, batch["image"], batch["label"], batch["mask"], **options)
 
-    return jax.jit(partial(measure))
+    return jax.jit(measure)

@@ -116,10 +116,10 @@ def deepfool(
     """
     options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates)
     check_arguments(inputs, labels, options)
-    inputs = lax.stop_gradient(inputs)
+    inputs = lax.stop_gradient(jnp.asarray(inputs))
     logits = lax.stop_gradient(checked_logits(logits_fn, inputs, labels))
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    labels = predicted if labels is None else labels.astype(jnp.int32)
+    labels = predicted if labels is None else jnp.asarray(labels, jnp.int32)
     active = predicted == labels
     apply_fn, closure, options = hoist_for_search(logits_fn, inputs, options)
     problem = Problem(inputs, labels, active, likely_classes(logits, options.num_candidates))
@@ -161,6 +161,8 @@ def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], label
             f"logits_fn must return logits of shape ({inputs.shape[0]}, classes) with at least 2 classes for inputs of shape "
             f"{inputs.shape}; it returned {logits.shape}. Flatten the output and keep the batch axis first."
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits_fn must return floating logits; it returned {logits.dtype}. Class numbers have no gradient.")
     return logits
 
 
@@ -262,7 +264,7 @@ def linearised_step(
     safe_size = jnp.where(is_zero, 1, size)
     length = per_example(jnp.where(is_zero, 0, jnp.abs(difference) / safe_size), gradient)
     direction = jnp.sign(gradient) if options.norm == "linf" else gradient / per_example(safe_size, gradient)
-    return length * direction
+    return (length * direction).astype(gradient.dtype)  # Of inputs that may be coarser than the logits.
 
 
 def chosen_step(

@@ -1,0 +1,271 @@
+"""DeepFool: the closed form on affine nets, its edges, and that a batch is its rows."""
+
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from dd_jax import deepfool
+from dd_jax.attacks import deepfool as module
+
+NORMS = ("l2", "linf")
+
+
+def affine_net(shape, num_classes, seed=0):
+    """Weights of very unequal sizes, so that l2 and linf, or two classes, cannot be mistaken for each other."""
+    random = np.random.default_rng(seed)
+    size = int(np.prod(shape[1:]))
+    weights = random.normal(size=(size, num_classes)) * np.geomspace(0.2, 3, size)[:, None]
+    return weights, random.normal(size=num_classes), random.normal(size=shape)
+
+
+def affine(weights, biases):
+    return lambda x: x.reshape(x.shape[0], -1) @ weights + biases[None]
+
+
+def nearest_boundary(weights, biases, inputs, norm, offset=0.0, classes=None):
+    """The closed form in NumPy: for each input the point of the nearest face of its class's region, less the input."""
+    found = []
+    for x in inputs.reshape(len(inputs), -1):
+        logits = x @ weights + biases
+        s, best = np.argmax(logits), None
+        for j in range(len(biases)) if classes is None else np.argsort(-logits)[:classes]:
+            if j != s:
+                f, w = logits[j] - logits[s], weights[:, j] - weights[:, s]
+                size = np.abs(w + offset).sum() if norm == "linf" else np.linalg.norm(w + offset)
+                step = -f / size * (np.sign(w) if norm == "linf" else w / size)
+                if best is None or -f / size < best[0]:
+                    best = -f / size, step
+        found.append(best[1])
+    return np.stack(found).reshape(inputs.shape)
+
+
+def mlp(key, num_inputs=6, hidden=8, num_classes=4, activation=jnp.tanh):
+    first, second, shift = jax.random.split(key, 3)
+    w1 = jax.random.normal(first, (num_inputs, hidden))
+    w2 = jax.random.normal(second, (hidden, num_classes))
+    b1 = jax.random.normal(shift, (hidden,))
+    return lambda x: activation(x @ w1 + b1[None]) @ w2
+
+
+INPUTS = jax.random.normal(jax.random.key(1), (9, 6))
+NET = mlp(jax.random.key(2))
+
+
+def attack(logits_fn, inputs, labels=None, **options):
+    """`deepfool`, compiled as a whole: quicker than step by step."""
+    return jax.jit(partial(deepfool, logits_fn, **options))(inputs, labels)
+
+
+@functools.cache
+def plain_result(inputs_dtype):
+    return attack(NET, INPUTS.astype(inputs_dtype))
+
+
+def rows(result, index):
+    return jax.tree.map(lambda x: x[index], result)
+
+
+def assert_same(actual, expected, rtol=1e-5):
+    scale = np.abs(expected.perturbation).max()
+    np.testing.assert_allclose(actual.perturbation, expected.perturbation, atol=rtol * scale, rtol=0)
+    np.testing.assert_array_equal(actual.success, expected.success)
+    np.testing.assert_array_equal(actual.num_steps, expected.num_steps)
+
+
+@pytest.mark.parametrize("shape, num_classes", [((5, 7), 2), ((4, 3, 4), 3), ((1, 2, 3, 2), 7)])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_closed_form_on_affine_nets(shape, num_classes, norm, bits, request):
+    if bits == 64:
+        request.getfixturevalue("x64")
+    weights, biases, inputs = affine_net(shape, num_classes)
+    expected = 1.02 * nearest_boundary(weights, biases, inputs, norm)
+    logits_fn = affine(jnp.array(weights), jnp.array(biases))
+    inputs = jnp.array(inputs)
+    predicted = jnp.argmax(logits_fn(inputs), axis=1)
+    found = attack(logits_fn, inputs, None if bits == 32 else predicted, norm=norm)
+    assert found.perturbation.dtype == f"float{bits}"
+    tolerance = 1e-12 if bits == 64 else 1e-5
+    np.testing.assert_allclose(found.perturbation, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    assert found.success.all() and (found.num_steps == 1).all()
+    assert (jnp.argmax(logits_fn(inputs + found.perturbation), axis=1) != predicted).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_overshoot_scales_the_result_and_the_offset_is_the_authors(norm, x64):
+    weights, biases, inputs = affine_net((6, 5), 4)
+    logits_fn = affine(jnp.array(weights), jnp.array(biases))
+    found = attack(logits_fn, jnp.array(inputs), norm=norm, num_steps=1, overshoot=0.5, gradient_offset=0.1)
+    expected = nearest_boundary(weights, biases, inputs, norm, offset=0.1)
+    assert np.abs(expected - nearest_boundary(weights, biases, inputs, norm)).max() > 1e-3
+    np.testing.assert_allclose(found.perturbation, 1.5 * expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("norm, num_candidates", [("l2", 2), ("l2", 100), ("linf", 3), ("linf", 6)])
+def test_candidates_are_the_likeliest_classes(norm, num_candidates, x64):
+    weights, biases, inputs = affine_net((12, 5), 6, seed=3)
+    logits_fn = affine(jnp.array(weights), jnp.array(biases))
+    found = attack(logits_fn, jnp.array(inputs), norm=norm, num_steps=1, num_candidates=num_candidates)
+    expected = nearest_boundary(weights, biases, inputs, norm, classes=num_candidates)
+    np.testing.assert_allclose(found.perturbation, 1.02 * expected, rtol=1e-10)
+    all_classes = nearest_boundary(weights, biases, inputs, norm)
+    assert np.array_equal(expected, all_classes) == (num_candidates >= 6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_curved_nets_agree_with_the_plain_loop(norm, short_turns, x64):
+    inputs = INPUTS.astype(float)
+    logits_fn = mlp(jax.random.key(2))
+    found = jax.jit(lambda x: deepfool(logits_fn, x, norm=norm, num_steps=5, num_candidates=3))(inputs)
+    labels = jnp.argmax(logits_fn(inputs), axis=1)
+    total, num_steps, success = reference.steps(logits_fn, inputs, labels, norm=norm, num_steps=5, num_candidates=3)
+    assert_same(found, module.AttackResult(1.02 * total, success, num_steps), rtol=1e-12)
+    assert len(set(num_steps.tolist())) > 1
+
+
+def test_misclassified_examples_are_done():
+    predicted = jnp.argmax(NET(INPUTS), axis=1)
+    labels = jnp.where(jnp.arange(9) % 2 == 0, predicted, (predicted + 1) % 4)
+    found, from_predicted = attack(NET, INPUTS, labels), plain_result("float32")
+    assert not found.perturbation[1::2].any() and found.success[1::2].all() and not found.num_steps[1::2].any()
+    assert_same(rows(found, slice(None, None, 2)), rows(from_predicted, slice(None, None, 2)))
+
+
+def test_number_of_steps_is_a_limit():
+    unlimited = plain_result("float32")
+    assert unlimited.success.all() and unlimited.num_steps.max() > 2 and unlimited.num_steps.min() == 1
+    for limit in (1, 2):
+        found = attack(NET, INPUTS, num_steps=limit)
+        np.testing.assert_array_equal(found.success, unlimited.num_steps <= limit)
+        np.testing.assert_array_equal(found.num_steps, jnp.minimum(unlimited.num_steps, limit))
+        assert found.perturbation.any(axis=1).all()
+
+
+def test_results_change_the_class_and_only_just():
+    found = plain_result("float32")
+    clean = jnp.argmax(NET(INPUTS), axis=1)
+    assert (jnp.argmax(NET(INPUTS + found.perturbation), axis=1) != clean).all()
+    assert (jnp.argmax(NET(INPUTS + 0.5 * found.perturbation), axis=1) == clean).all()
+
+
+@pytest.mark.parametrize("bounds", [(-0.5, 0.6), (-jnp.full(6, 0.5), jnp.linspace(0.6, 0.9, 6))])
+def test_iterates_and_results_stay_within_bounds(bounds):
+    inputs = jnp.clip(INPUTS, -0.5, 0.6)
+    lower, upper = (jnp.broadcast_to(bound, inputs.shape) for bound in bounds)
+    seen = []
+
+    def logits_fn(x):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return NET(x)
+
+    with jax.numpy_rank_promotion("allow"):  # Arrays of one example's shape are what one wants to write.
+        found = attack(logits_fn, inputs, bounds=bounds)
+    jax.effects_barrier()
+    for x in [*seen, np.asarray(inputs + found.perturbation)]:
+        assert (x >= lower[: len(x)] - 1e-6).all() and (x <= upper[: len(x)] + 1e-6).all()
+    assert (found.perturbation + inputs > upper - 1e-6).any(), "these bounds bind nothing"
+    changed = jnp.argmax(NET(inputs + found.perturbation), axis=1) != jnp.argmax(NET(inputs), axis=1)
+    np.testing.assert_array_equal(changed, found.success)
+    assert found.success.any()
+
+
+def test_bounds_that_bind_nothing_change_nothing():
+    assert_same(attack(NET, INPUTS, bounds=(-100.0, 100.0)), plain_result("float32"))
+
+
+def test_dead_nets_tied_logits_and_zero_inputs_end_at_once():
+    weights = jnp.array([[1.0, 1.0, -1.0], [2.0, -2.0, 0.5]])
+    dead = attack(lambda x: jax.nn.relu(x @ weights - 100) + jnp.array([[0.0, 1.0, 0.0]]), jnp.ones((3, 2)))
+    assert not dead.perturbation.any() and not dead.success.any() and (dead.num_steps == 50).all()
+    tied = attack(lambda x: x @ weights, jnp.array([[1.0, 0.0]]), num_steps=7)
+    assert not tied.perturbation.any() and not tied.success.any() and tied.num_steps == 7
+    zero = attack(lambda x: x @ weights + jnp.array([[0.0, 1.0, -1.0]]), jnp.zeros((1, 2)))
+    np.testing.assert_allclose(zero.perturbation, [[0.0, 1.02 / 4]], rtol=1e-6)
+    assert zero.success.all() and zero.num_steps == 1
+
+
+def test_a_class_that_cannot_be_told_from_the_source_is_passed_over():
+    weights = jnp.array([[3.0, 3.0, -1.0], [1.0, 1.0, 2.0]])  # classes 0 and 1 tie everywhere
+    found = attack(lambda x: x @ weights, jnp.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(found.perturbation, 1.02 * 4 / 17 * np.array([[-4.0, 1.0]]), rtol=1e-5)
+    assert found.success.all()
+
+
+def test_what_is_not_finite_stays_where_it_is():
+    strange, others = jnp.array([3, 5]), jnp.array([0, 1, 2, 4, 6, 7, 8])
+    found = attack(NET, INPUTS.at[3].set(jnp.inf).at[5].set(jnp.nan))
+    assert not found.perturbation[strange].any() and not found.success[strange].any()
+    assert_same(rows(found, others), rows(plain_result("float32"), others))
+
+
+def test_a_batch_is_its_rows(short_turns, x64):
+    inputs = INPUTS.astype(float)
+    one = jax.jit(partial(deepfool, NET))
+    alone = [one(inputs[i : i + 1]) for i in range(len(inputs))]
+    assert_same(attack(NET, inputs), jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone), rtol=1e-11)
+
+
+def test_order_and_company_do_not_matter(short_turns, x64):
+    inputs, order = INPUTS.astype(float), jax.random.permutation(jax.random.key(5), 9)
+    company = jnp.concatenate([inputs[order], jnp.zeros((4, 6)), 50 * inputs[:3]])
+    assert_same(rows(attack(NET, company), slice(9)), rows(plain_result("float64"), order), rtol=1e-11)
+
+
+@pytest.mark.parametrize("turns, smallest, num_rows", [(2, 1, 5), (4, 1, 3), (9, 1, 1), (9, 4, 4), (100, 100, 9)])
+def test_the_work_queue_does_not_show(turns, smallest, num_rows, monkeypatch, x64):
+    whole = plain_result("float64")
+    monkeypatch.setitem(module.TURNS_PER_BATCH, "cpu", turns)
+    monkeypatch.setitem(module.SMALLEST_TURN, "cpu", smallest)
+    sizes = []
+    logits_fn = lambda x: sizes.append(x.shape[0]) or NET(x)
+    assert_same(attack(logits_fn, INPUTS.astype(float)), whole, rtol=1e-11)
+    assert min(sizes) == num_rows
+
+
+def test_eager_vmap_and_pmap_agree_with_jit(x64):
+    inputs = INPUTS[:8].astype(float)
+    expected = rows(plain_result("float64"), slice(8))
+    assert_same(deepfool(NET, inputs), expected, rtol=1e-11)
+    assert jax.local_device_count() >= 2
+    for transform in (jax.vmap, jax.pmap):
+        halves = transform(partial(deepfool, NET))(inputs.reshape(2, 4, 6))
+        assert_same(jax.tree.map(lambda x: x.reshape((8,) + x.shape[2:]), halves), expected, rtol=1e-11)
+
+
+def test_no_gradient_flows_through_the_result():
+    total = lambda scale: deepfool(lambda x: NET(scale * x), scale * INPUTS).perturbation.sum()
+    assert jax.jit(jax.grad(total))(1.0) == 0
+
+
+WRONG_CALLS = {
+    "norm is 'l1'; it must be one of 'l2', 'linf'": dict(norm="l1"),
+    r"inputs must be a floating batch.* got int32\[9, 6\]": dict(inputs=jnp.ones((9, 6), int)),
+    r"inputs must be a floating batch.* got float32\[6\]": dict(inputs=jnp.ones(6)),
+    r"labels must be integers of shape \(9,\).* got float32\[9, 4\].* not one-hot": dict(labels=jnp.ones((9, 4))),
+    r"labels must be integers of shape \(9,\).* got int32\[8\]": dict(labels=jnp.ones(8, int)),
+    r"labels must be integers .* got float32\[9\]": dict(labels=jnp.ones(9)),
+    "num_steps is 0; it must be at least 1": dict(num_steps=0),
+    r"overshoot is -0\.1; it must be 0 or more": dict(overshoot=-0.1),
+    "num_candidates is 1; it must be at least 2": dict(num_candidates=1),
+    r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),
+    r"must return logits of shape \(9, classes\).* returned \(9, 2, 3\)": dict(logits_fn=lambda x: x.reshape(9, 2, 3)),
+    r"must return logits .* returned \(6, 9\)": dict(logits_fn=lambda x: x.T),
+    "floating": dict(logits_fn=lambda x: x.astype(int)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_CALLS)
+def test_errors_say_what_was_expected_and_what_came(message, unchecked):
+    arguments = dict(logits_fn=NET, inputs=INPUTS, labels=None) | WRONG_CALLS[message]
+    with pytest.raises(ValueError, match=message):
+        deepfool(arguments.pop("logits_fn"), arguments.pop("inputs"), arguments.pop("labels"), **arguments)
+
+
+def test_numpy_arrays_are_as_good_as_jax_arrays(unchecked, short_turns):
+    labels = np.asarray(jnp.argmax(NET(INPUTS), axis=1))
+    assert_same(deepfool(NET, np.asarray(INPUTS), labels), plain_result("float32"))

@@ -1,0 +1,60 @@
+"""Norms: values, duality, and gradients where they are delicate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dd_jax.norms import check_norm, dual_norm, lp_norm, per_example, relative_norm
+
+X = jnp.array([[[3.0, -4.0], [0.0, 12.0]], [[1.0, -2.0], [2.0, -4.0]]])
+
+
+def test_norms_of_unequal_entries():
+    np.testing.assert_allclose(lp_norm(X, "l2"), [13.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(lp_norm(X, "linf"), [12.0, 4.0])
+    np.testing.assert_allclose(dual_norm(X, "l2"), [13.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(dual_norm(X, "linf"), [19.0, 9.0])
+
+
+def test_two_leading_axes_stay():
+    np.testing.assert_allclose(lp_norm(X, "l2", num_leading=2), [[5.0, 12.0], [5**0.5, 20**0.5]], rtol=1e-6)
+    np.testing.assert_allclose(dual_norm(X, "linf", num_leading=2), [[7.0, 12.0], [3.0, 6.0]])
+
+
+@pytest.mark.parametrize("norm, largest", [("l2", lambda w: w / jnp.sqrt((w**2).sum())), ("linf", jnp.sign)])
+def test_dual_norm_is_the_most_that_a_unit_ball_gives(norm, largest):
+    w = X[1:]
+    r = largest(w)
+    assert lp_norm(r, norm) == pytest.approx(1)
+    assert (w * r).sum() == pytest.approx(float(dual_norm(w, norm)[0]), rel=1e-6)
+
+
+def test_gradients():
+    gradient = jax.grad(lambda x: lp_norm(x, "l2").sum())
+    np.testing.assert_allclose(gradient(X)[0], X[0] / 13, rtol=1e-6)
+    np.testing.assert_array_equal(gradient(jnp.zeros((2, 3))), np.zeros((2, 3)))
+    gradient = jax.grad(lambda x: lp_norm(x, "linf").sum())
+    np.testing.assert_array_equal(gradient(jnp.array([[1.0, -3.0]])), [[0.0, -1.0]])
+    np.testing.assert_array_equal(gradient(jnp.array([[2.0, -2.0]])), [[0.5, -0.5]])
+
+
+@pytest.mark.parametrize("norm, rho", [("l2", [0.5, 2.0, 0.0]), ("linf", [0.8, 2.0, 0.0])])
+def test_relative_norm(norm, rho):
+    inputs = jnp.array([[6.0, 8.0], [0.0, -1.0], [0.0, 0.0]])
+    perturbation = jnp.array([[-3.0, 4.0], [2.0, 0.0], [1.0, 1.0]])
+    if norm == "linf":
+        inputs, perturbation = inputs.at[0].set(jnp.array([5.0, -3.0])), perturbation.at[0].set(jnp.array([-4.0, 1.0]))
+    np.testing.assert_allclose(relative_norm(perturbation, inputs, norm), rho, rtol=1e-6)
+    gradients = jax.grad(lambda d, x: relative_norm(d, x, norm).sum(), argnums=(0, 1))(perturbation, inputs)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all() and np.any(gradient[0]) and not np.any(gradient[2])
+
+
+def test_per_example_broadcasts_over_the_rest():
+    assert per_example(jnp.ones(2), X).shape == (2, 1, 1)
+
+
+def test_an_unknown_norm_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"norm is 'l1'; it must be one of 'l2', 'linf'"):
+        check_norm("l1")
