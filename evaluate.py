@@ -5,7 +5,7 @@
 
 import pathlib
 
-from dd_jax import command_line, configuration, experiment, reports
+from dd_jax import command_line, configuration, experiment, reports, xla_settings
 
 
 def main() -> None:
@@ -28,4 +28,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    xla_settings.apply()
     command_line.run(main)

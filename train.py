@@ -7,7 +7,7 @@ The run directory (default: runs/CONFIG_NAME) keeps everything; the same command
 
 import pathlib
 
-from dd_jax import command_line, configuration, experiment, reports
+from dd_jax import command_line, configuration, experiment, reports, xla_settings
 
 
 def main() -> None:
@@ -32,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    xla_settings.apply()
     command_line.run(main)

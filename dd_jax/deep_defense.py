@@ -43,7 +43,7 @@ from dd_jax.attacks.deepfool import (
 )
 from dd_jax.closures import ApplyFn, Closure
 from dd_jax.norms import Norm, per_example, relative_norm
-from dd_jax.types import LogitsFn
+from dd_jax.types import LogitsFn, Scalar
 
 
 def signed_margin(
@@ -97,8 +97,8 @@ def regularizer(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    correct_scale: float | Float[Array, ""] = 25.0,
-    wrong_scale: float | Float[Array, ""] = 5.0,
+    correct_scale: Scalar = 25.0,
+    wrong_scale: Scalar = 5.0,
     norm: Norm = "l2",
     num_steps: int = 5,
     overshoot: float = 0.02,
@@ -126,9 +126,9 @@ def deep_defense_loss(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    penalty_weight: float | Float[Array, ""] = 15.0,
-    correct_scale: float | Float[Array, ""] = 25.0,
-    wrong_scale: float | Float[Array, ""] = 5.0,
+    penalty_weight: Scalar = 15.0,
+    correct_scale: Scalar = 25.0,
+    wrong_scale: Scalar = 5.0,
     norm: Norm = "l2",
     num_steps: int = 5,
     overshoot: float = 0.02,
@@ -162,7 +162,7 @@ def deep_defense_loss(
     return cross_entropy + penalty_weight * penalty, metrics
 
 
-def _check_scales(**scales: float | Float[Array, ""]) -> None:
+def _check_scales(**scales: Scalar) -> None:
     for name, value in scales.items():
         if not isinstance(value, jax.core.Tracer) and not value >= 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more.")
@@ -181,7 +181,7 @@ def _margin(
     return jnp.where(correct, size, -size), steps
 
 
-def _penalty(margin: Array, correct: Array, correct_scale: float, wrong_scale: float) -> Array:
+def _penalty(margin: Array, correct: Array, correct_scale: Scalar, wrong_scale: Scalar) -> Array:
     exponent = -jnp.where(correct, correct_scale, wrong_scale) * margin
     largest = jnp.log(jnp.finfo(margin.dtype).max) / 2
     return jnp.exp(jnp.minimum(exponent, largest.astype(margin.dtype)))

@@ -109,7 +109,7 @@ def make_stage(experiment: Experiment, name: str) -> Stage:
     try:
         steps_per_epoch = data.steps_per_epoch(len(experiment.data.train_labels), settings.batch_size)
     except ValueError as error:
-        raise ConfigurationError(f"{section}.{error}") from error
+        raise ConfigurationError(f"{section}.{error}.") from error
     num_steps = settings.num_epochs * steps_per_epoch
     if settings.max_steps:
         num_steps = min(num_steps, settings.max_steps)
@@ -146,7 +146,8 @@ def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
         with np.load(path) as arrays:
             params = pretrained.from_torch(config.model.name, dict(arrays))
     except Exception as error:  # Whatever is wrong with the file is the user's to know, without our traceback.
-        raise ConfigurationError(f"reference.source {path} is of no use for {config.model.name}: {error}") from error
+        reason = str(error).rstrip(".")
+        raise ConfigurationError(f"reference.source {path} is of no use for {config.model.name} ({reason}).") from error
     expected = jax.eval_shape(lambda: _untrained(experiment, make_stage(experiment, REFERENCE))).params
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         classes = experiment.data.num_classes
@@ -156,12 +157,10 @@ def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
 
 def restore(experiment: Experiment, stage_name: str) -> training.TrainState:
     """The final state of a stage in the run directory; ConfigurationError before the stage is trained and measured."""
-    stage = make_stage(experiment, stage_name)
-    if not any(line["stage"] == stage_name and "measured" in line for line in read_lines(experiment.workdir)):
-        raise ConfigurationError(
-            f"{experiment.workdir} holds no finished {stage_name} net; let train.py go on to its end first."
-        )
-    with Checkpoints(experiment.workdir / "checkpoints" / stage_name, read_only=True) as saved:
+    stage, workdir = make_stage(experiment, stage_name), experiment.workdir
+    if not any(line["stage"] == stage_name and "measured" in line for line in read_lines(workdir)):
+        raise ConfigurationError(f"{workdir} has no finished {stage_name} net; let train.py go on to its end.")
+    with Checkpoints(workdir / "checkpoints" / stage_name, read_only=True) as saved:
         return saved.restore(jax.eval_shape(lambda: _untrained(experiment, stage)))
 
 
@@ -217,7 +216,7 @@ def _train_with_progress(
 
 def measure(
     experiment: Experiment, state: training.TrainState, *, limit: int | None = None, quiet: bool = False, name: str = ""
-) -> dict[str, float]:
+) -> metrics.Summary:
     """Accuracy and DeepFool figures on the test images (the first `limit` of them)."""
     settings = experiment.config.evaluation
     num_candidates = experiment.config.defense.num_candidates or None
@@ -235,7 +234,7 @@ def measure(
     return metrics.summarise(total)
 
 
-def measure_once(experiment: Experiment, stage_name: str, state: training.TrainState) -> dict[str, float]:
+def measure_once(experiment: Experiment, stage_name: str, state: training.TrainState) -> metrics.Summary:
     """The final measurement of a stage, read from the run directory if it was made before."""
     step = int(state.step)
     for line in read_lines(experiment.workdir):
@@ -246,7 +245,7 @@ def measure_once(experiment: Experiment, stage_name: str, state: training.TrainS
     return measured
 
 
-def run(experiment: Experiment) -> dict[str, dict[str, float]]:
+def run(experiment: Experiment) -> dict[str, metrics.Summary]:
     """The whole run: reference, its measurement, fine-tuning with the defense, its measurement. Returns both."""
     preprocessing_file = experiment.workdir / "preprocessing.npz"
     if not preprocessing_file.exists():

@@ -14,6 +14,8 @@ from dd_jax.attacks.deepfool import deepfool
 from dd_jax.norms import Norm, lp_norm, relative_norm
 from dd_jax.types import LogitsFn
 
+Summary = dict[str, int | float]  # By name of the figure, as in reports.
+
 
 class Sums(NamedTuple):
     """Sums over the examples seen, each a scalar; `examples` is how many there were."""
@@ -62,7 +64,7 @@ def add(first: Sums, second: Sums) -> Sums:
     return jax.tree.map(jnp.add, first, second)
 
 
-def summarise(sums: Sums, norm: Norm = "l2") -> dict[str, int | float]:
+def summarise(sums: Sums, norm: Norm = "l2") -> Summary:
     """Means over all examples.
 
     "accuracy" and "deepfool_success" are shares in 0..1; "rho_NORM" = mean ||D||_p / ||x||_p; "NORM" = mean ||D||_p, in

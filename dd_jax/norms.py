@@ -1,5 +1,6 @@
-"""lp norms of batches of inputs: safe to differentiate at zero, with their duals and their balls."""
+"""lp norms of batches of inputs, safe to differentiate at zero, their duals and balls, and the bounds of inputs."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -8,6 +9,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
+Bounds = Sequence[Array | float]
+"""(lower, upper): numbers, or arrays that broadcast to one example."""
 
 
 def check_norm(norm: str) -> None:
@@ -35,7 +38,7 @@ def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -
 
 
 def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
-    """||x||_q with 1/p + 1/q = 1, the norm of a gradient where perturbations are measured in lp: l2 -> l2, linf -> l1."""
+    """||x||_q with 1/p + 1/q = 1, the norm of gradients where perturbations are measured in lp: l2 for l2, l1 for linf."""
     check_norm(norm)
     if norm == "linf":
         return jnp.sum(jnp.abs(x), axis=_trailing(x, num_leading))
@@ -60,9 +63,10 @@ def per_example(values: Array, like: Array) -> Array:
 
 
 def steepest_direction(gradient: Float[Array, "batch ..."], norm: Norm) -> Float[Array, "batch ..."]:
-    """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for linf. Zero where it is.
+    """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for linf.
 
-    The product it attains is the dual norm. However small or large the gradient, its square does not round to 0 or inf.
+    Zero where the gradient is. What it gains is the dual norm. Gradients may be so small or large that their squares
+    are not floats.
     """
     check_norm(norm)
     if norm == "linf":
@@ -76,8 +80,8 @@ def steepest_direction(gradient: Float[Array, "batch ..."], norm: Norm) -> Float
 def project(x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm) -> Float[Array, "batch ..."]:
     """The nearest point of the lp ball of that radius around zero, example by example.
 
-    Never outside, whatever rounds: the l2 ball is taken smaller by sqrt(size of an example) units of the dtype's precision,
-    which is more than adding up the squares in another order makes.
+    Never outside by rounding: the l2 ball is taken smaller by sqrt(size of an example) units of the dtype's precision,
+    which is more than summing the squares in another order makes.
     """
     check_norm(norm)
     radius = per_example(radius, x)
@@ -93,7 +97,7 @@ def sample_in_ball(
 ) -> Float[Array, "batch ..."]:
     """A point per example, uniform in the lp ball of that radius around zero, in the shape and dtype of `like`.
 
-    What an example gets depends on the key and on its place in the batch, not on the size of the batch.
+    It depends on the key and on the example's place in the batch, not on the size of the batch.
     """
     check_norm(norm)
     shape, dtype = like.shape[1:], like.dtype
@@ -107,3 +111,44 @@ def sample_in_ball(
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(like.shape[0]))
     return project(per_example(radius, like) * jax.vmap(point)(keys), radius, norm)
+
+
+def check_bounds(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> None:
+    """Raises ValueError, at trace time, unless there are no bounds or they are (lower, upper) with lower <= upper."""
+    if bounds is None:
+        return
+    if len(bounds) != 2:
+        raise ValueError(f"bounds must be a pair (lower, upper); got {len(bounds)} of them.")
+    for bound in bounds:
+        if jnp.broadcast_shapes(jnp.shape(bound), inputs.shape[1:]) != inputs.shape[1:]:
+            raise ValueError(
+                f"a bound must be a number or broadcast to the shape of one example, {inputs.shape[1:]}; got "
+                f"{jnp.shape(bound)}."
+            )
+    if is_known(lambda: jnp.any(~(_like_one(bounds[0], inputs) <= _like_one(bounds[1], inputs)))):
+        raise ValueError(f"bounds are {bounds[0]} and {bounds[1]}; the first must nowhere exceed the second.")
+
+
+def stay_within(
+    perturbation: Float[Array, "batch ..."], inputs: Float[Array, "batch ..."], bounds: Bounds | None
+) -> Float[Array, "batch ..."]:
+    """Shortens components until inputs + perturbation is within the bounds, up to rounding.
+
+    No component grows or changes its sign, so no ball is left. An input that is out of bounds goes no further out.
+    """
+    if bounds is None:
+        return perturbation
+    lower, upper = (_like_one(bound, inputs) for bound in bounds)
+    return jnp.clip(perturbation, jnp.minimum(lower - inputs, 0), jnp.maximum(upper - inputs, 0))
+
+
+def is_known(condition: Callable[[], Array]) -> bool:
+    """Whether a condition on arrays holds, as far as that can be told at trace time."""
+    with jax.ensure_compile_time_eval():
+        value = condition()
+    return not isinstance(value, jax.core.Tracer) and bool(value)
+
+
+def _like_one(bound: Array | float, inputs: Float[Array, "batch ..."]) -> Float[Array, "one ..."]:
+    """A bound with the axes of the inputs, for one example."""
+    return jnp.broadcast_to(jnp.asarray(bound, inputs.dtype), inputs.shape[1:])[None]

@@ -11,12 +11,13 @@ import jax
 from dd_jax import published
 from dd_jax.configuration import flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
+from dd_jax.metrics import Summary
 
 PACKAGES = ("dd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FILE_NAME = "report.json"
 
 
-def make_report(experiment: Experiment, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
+def make_report(experiment: Experiment, measured: dict[str, Summary]) -> dict[str, Any]:
     """Everything one needs to quote the run's figures."""
     config = experiment.config
     device = jax.devices()[0]

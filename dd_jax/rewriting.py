@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from dd_jax.convolutions import grouped_convolution
+from dd_jax.linear import grouped_convolution, matrix_product
+from dd_jax.pooling import max_of_windows
 
 MOST_GROUPS = 8  # More groups than this (depthwise convolutions) are not worth a convolution each.
 INLINED = ("jit", "pjit", "closed_call", "core_call")
@@ -75,4 +77,31 @@ def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | Non
     return y.transpose(*(order[axis] for axis in range(4)))
 
 
-REPLACEMENTS: dict[str, Callable[..., Array | None]] = {"conv_general_dilated": _convolution}
+def _matrix_product(params: dict[str, Any], x: Array, weights: Array) -> Array | None:
+    """The product of a batch of rows with a matrix of weights; None for any other contraction."""
+    is_plain = x.ndim == 2 and weights.ndim == 2 and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
+    return matrix_product(x, weights) if is_plain and x.dtype == weights.dtype else None
+
+
+def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
+    """The maximum over square windows of two axes; None for other windows and for dilations."""
+    windowed = [axis for axis, size in enumerate(params["window_dimensions"]) if size > 1]
+    shapes = {(params["window_dimensions"][axis], params["window_strides"][axis]) for axis in windowed}
+    dilations = set(params["base_dilation"]) | set(params["window_dilation"])
+    if x.ndim != 4 or len(windowed) != 2 or len(shapes) != 1 or dilations != {1} or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    others = [axis for axis in range(4) if axis not in windowed]
+    if any(params["window_strides"][axis] != 1 or params["padding"][axis] != (0, 0) for axis in others):
+        return None
+    (window, stride), order = shapes.pop(), (others[0], *windowed, others[1])
+    edges = [params["padding"][axis] for axis in windowed]
+    counts = [(x.shape[axis] + sum(edge) - window) // stride + 1 for axis, edge in zip(windowed, edges, strict=True)]
+    pooled = max_of_windows(x.transpose(order), window, stride, tuple(start for start, _ in edges), tuple(counts))
+    return pooled.transpose(*(order.index(axis) for axis in range(4)))
+
+
+REPLACEMENTS: dict[str, Callable[..., Array | None]] = {
+    "conv_general_dilated": _convolution,
+    "dot_general": _matrix_product,
+    "reduce_window_max": _max_pool,
+}

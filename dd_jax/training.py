@@ -20,7 +20,7 @@ from dd_jax import metrics
 from dd_jax.baselines import LossFn
 from dd_jax.types import LogitsFn
 
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, np.ndarray | Array]  # NumPy arrays, which are tracers within jit.
 
 
 class TrainState(NamedTuple):

@@ -13,6 +13,9 @@ It is all that the core knows of a model. Gradients flow into whatever it closes
 per row (dropout) is recognised and kept at its batch size, see `dd_jax.closures`.
 """
 
+Scalar = float | Float[Array, ""]
+"""A number, fixed or traced (the value of a schedule)."""
+
 
 class AttackResult(NamedTuple):
     """What an attack found, example by example.

@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 CORE = (
     "dd_jax.types",
     "dd_jax.norms",
-    "dd_jax.convolutions",
+    "dd_jax.xla_settings",
+    "dd_jax.linear",
+    "dd_jax.pooling",
     "dd_jax.rewriting",
     "dd_jax.closures",
     "dd_jax.attacks.deepfool",

@@ -216,15 +216,27 @@ def linear(params, x):
     return x @ params
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_dead_nets_have_no_margin_and_no_gradient(norm):
-    params = dict(make_params("relu"), b1=np.full(8, -100.0))
-    inputs, _ = make_batch("relu")
-    right = np.argmax(params["b2"])
-    labels = jnp.where(jnp.arange(8) < 4, right, (right + 1) % NUM_CLASSES)
-    penalty, gradients = value_and_gradients(partial(apply_net, "relu"), *arrays((params, inputs)), labels, norm=norm)
-    np.testing.assert_array_equal(penalty, 1)
-    assert not any(g.any() for g in jax.tree.leaves(gradients))
+@pytest.mark.parametrize("name, norm", [("relu", "l2"), ("conv", "linf")])
+def test_dead_nets_have_no_margin_and_no_gradient(name, norm):
+    params, inputs, labels = problem(name)
+    dead = params | {"b1": jnp.full_like(params["b1"], -100)}
+    (_, metrics), gradients = compiled(name, norm)(dead, inputs, labels, weights())
+    right = jnp.argmax(params["b2"])
+    assert (labels == right).any() and not (labels == right).all()
+    assert_no_margin_and_no_gradient(metrics, gradients)
+
+
+@pytest.mark.parametrize("name, norm", [("gelu", "l2"), ("tanh", "linf")])
+def test_zero_inputs_have_no_margin_and_no_gradient(name, norm):
+    params, inputs, labels = problem(name)
+    (_, metrics), gradients = compiled(name, norm)(params, jnp.zeros_like(inputs), labels, weights())
+    assert_no_margin_and_no_gradient(metrics, gradients)
+
+
+def assert_no_margin_and_no_gradient(metrics, gradients):
+    np.testing.assert_array_equal(metrics["margin"], 0)
+    np.testing.assert_array_equal(metrics["penalty"], 1)
+    assert not any(gradient.any() for gradient in jax.tree.leaves(gradients))
 
 
 def test_ties_and_zero_inputs_have_no_margin_and_no_gradient():
@@ -238,14 +250,6 @@ def test_ties_and_zero_inputs_have_no_margin_and_no_gradient():
     assert_close((penalty[3:], gradient), (alone, gradient_alone), 1e-6)
 
 
-def test_zero_inputs_of_a_net_with_biases():
-    params, _, _ = problem("tanh")
-    labels = jnp.array([0, 1, 2, 3])
-    penalty, gradients = value_and_gradients(partial(apply_net, "tanh"), params, jnp.zeros((4, 6)), labels)
-    np.testing.assert_array_equal(penalty, 1)
-    assert not any(g.any() for g in jax.tree.leaves(gradients))
-
-
 def test_two_classes_and_one_example():
     params, inputs = jnp.array([[1.0, -1.0], [3.0, 0.5]]), jnp.array([[2.0, -1.0]])  # logits -1 and -2.5
     penalty, (gradient, _) = value_and_gradients(linear, params, inputs, jnp.array([0]))
@@ -256,12 +260,13 @@ def test_two_classes_and_one_example():
 
 
 def test_huge_wrong_margins_do_not_overflow():
-    params, _, _ = problem("tanh")
-    inputs = jnp.full((2, 6), 1e-9)
-    wrong = (jnp.argmax(apply_net("tanh", params, inputs), axis=1) + 1) % NUM_CLASSES
-    penalty, gradients = value_and_gradients(partial(apply_net, "tanh"), params, inputs, wrong)
-    np.testing.assert_allclose(penalty, np.finfo(np.float32).max ** 0.5, rtol=1e-5)
-    assert not any(g.any() for g in jax.tree.leaves(gradients))
+    params, inputs, labels = problem("tanh")
+    tiny = 1e-9 * jnp.sign(inputs)
+    wrong = (jnp.argmax(apply_net("tanh", params, tiny), axis=1) + 1) % NUM_CLASSES
+    (_, metrics), gradients = compiled("tanh", "linf")(params, tiny, wrong, weights())
+    assert (metrics["margin"] < -1e6).all()
+    np.testing.assert_allclose(metrics["penalty"], np.finfo(np.float32).max ** 0.5, rtol=1e-5)
+    assert not any(gradient.any() for gradient in jax.tree.leaves(gradients))
 
 
 def test_no_penalty_weight_is_cross_entropy():
@@ -323,13 +328,11 @@ def test_numpy_arrays_are_as_good_as_jax_arrays(unchecked):
 @pytest.mark.filterwarnings("error")
 def test_half_precision_inputs_of_a_float32_net():
     params, inputs, labels = problem("relu")
-    penalty = lambda params, inputs: dd_jax.regularizer(partial(apply_net, "relu", params), inputs, labels, **OPTIONS)
-    total = jax.jit(jax.value_and_grad(lambda params, x: penalty(params, x).sum(), argnums=(0, 1)))
     coarse = inputs.astype(jnp.bfloat16)
-    value, (gradient, inputs_gradient) = total(params, coarse)
-    expected_value, (expected_gradient, _) = total(params, coarse.astype(jnp.float32))
+    (value, _), (gradient, inputs_gradient) = compiled("relu", "l2")(params, coarse, labels, weights())
+    fine = compiled("relu", "l2")(params, coarse.astype(jnp.float32), labels, weights())
     assert inputs_gradient.dtype == jnp.bfloat16
-    assert_close((value, gradient), (expected_value, expected_gradient), 0.05)
+    assert_close((value, gradient), (fine[0][0], fine[1][0]), 0.05)
 
 
 def test_a_batch_is_its_rows(x64):
@@ -374,7 +377,8 @@ def test_dropout_with_one_mask_for_all_passes(shape, x64):
         return apply_net("tanh", params, x, mask=1.25 * jax.random.bernoulli(key, 0.8, (rows, 8)))
 
     def total(penalty_fn, params, inputs):
-        return (penalty_fn(partial(dropped, params), inputs, labels, **OPTIONS) * weights()).sum()
+        penalty = penalty_fn(partial(dropped, params), inputs, labels, **OPTIONS | {"num_steps": 2})
+        return (penalty * weights()).sum()
 
     assert rows_are_interchangeable(partial(dropped, params), inputs, 3) == (shape[0] == 1)
     gradients = [

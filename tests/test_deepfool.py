@@ -157,19 +157,18 @@ def test_results_change_the_class_and_only_just():
 def test_iterates_and_results_stay_within_bounds(bounds):
     inputs = jnp.clip(INPUTS, -0.5, 0.6)
     lower, upper = (jnp.broadcast_to(bound, inputs.shape) for bound in bounds)
-    seen = []
 
-    def logits_fn(x):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
-        return NET(x)
+    def net_of_the_inside(x):
+        inside = (x >= lower[: len(x)] - 1e-6) & (x <= upper[: len(x)] + 1e-6)
+        return jnp.where(inside.all(axis=1, keepdims=True), NET(x), jnp.nan)
 
     with jax.numpy_rank_promotion("allow"):  # Arrays of one example's shape are what one wants to write.
-        found = attack(logits_fn, inputs, bounds=bounds)
-    jax.effects_barrier()
-    for x in [*seen, np.asarray(inputs + found.perturbation)]:
-        assert (x >= lower[: len(x)] - 1e-6).all() and (x <= upper[: len(x)] + 1e-6).all()
-    assert (found.perturbation + inputs > upper - 1e-6).any(), "these bounds bind nothing"
-    changed = jnp.argmax(NET(inputs + found.perturbation), axis=1) != jnp.argmax(NET(inputs), axis=1)
+        found = attack(NET, inputs, bounds=bounds)
+        assert_same(attack(net_of_the_inside, inputs, bounds=bounds), found)
+    result = inputs + found.perturbation
+    assert (result >= lower - 1e-6).all() and (result <= upper + 1e-6).all()
+    assert (result > upper - 1e-6).any(), "these bounds bind nothing"
+    changed = jnp.argmax(NET(result), axis=1) != jnp.argmax(NET(inputs), axis=1)
     np.testing.assert_array_equal(changed, found.success)
     assert found.success.any()
 
@@ -216,7 +215,7 @@ def test_order_and_company_do_not_matter(short_turns, x64):
     assert_same(rows(attack(NET, company), slice(9)), rows(plain_result("float64"), order), rtol=1e-11)
 
 
-@pytest.mark.parametrize("turns, smallest, num_rows", [(2, 1, 5), (4, 1, 3), (9, 1, 1), (9, 4, 4), (100, 100, 9)])
+@pytest.mark.parametrize("turns, smallest, num_rows", [(2, 1, 5), (9, 1, 1), (9, 4, 4), (100, 100, 9)])
 def test_the_work_queue_does_not_show(turns, smallest, num_rows, monkeypatch, x64):
     whole = plain_result("float64")
     monkeypatch.setitem(module.TURNS_PER_BATCH, "cpu", turns)

@@ -109,7 +109,7 @@ def test_the_search_takes_the_authors_steps(file):
     np.testing.assert_array_equal(label_after[same], figures["deepfool/label_after"][same])
 
 
-@pytest.mark.parametrize("file", ["mlp", "lenet", "convnet"])
+@pytest.mark.parametrize("file", ["mlp", "lenet"])
 def test_deepfool_finds_the_authors_perturbations(file):
     apply_fn, params, figures = load(file)
     right = ~figures["deepfool/is_wrong"]

@@ -203,7 +203,7 @@ def search(
     start = Search(jnp.zeros_like(problem.inputs), jnp.zeros(batch, jnp.int32), active, nobody, trace)
 
     def turn(state: Search) -> Search:
-        rows, to = next_rows(jnp.where(state.active, 1 + state.num_replayable, 0), options.rows_per_turn)
+        rows, to = next_rows(jnp.where(state.active, options.num_steps - state.num_replayable, 0), options.rows_per_turn)
         part = jax.tree.map(lambda x: x[rows], problem)
         before, steps = state.perturbation[rows], state.num_replayable[rows]
         step, source, target = nearest_step(apply_fn, closure, clip(part.inputs + before, bounds), part, options)

@@ -2,18 +2,18 @@
 
 With d(x) the direction in which the cross-entropy L(f(x), y) rises steepest in the lp norm,
 
-    d(x)    g / ||g||_2 for l2, sign(g) for linf,   g = d L(f(x), y) / d x
-    FGSM    D = B(epsilon * d(x))                                       (Goodfellow, Shlens, Szegedy, ICLR 2015)
-    PGD     D_k+1 = B(P(D_k + step_size * d(x + D_k)))                  (Madry et al., ICLR 2018)
+    d(x)    g / ||g||_2 for l2, sign(g) for linf, with g = dL / dx
+    FGSM    D = B(epsilon * d(x))                             (Goodfellow, Shlens, Szegedy, ICLR 2015)
+    PGD     D_k+1 = B(P(D_k + step_size * d(x + D_k)))        (Madry et al., ICLR 2018)
 
-P leads to the nearest point of the ball ||D||_p <= epsilon and B into the bounds, which never leads out of the ball.
+P leads to the nearest point of the ball ||D||_p <= epsilon, and B into the bounds without leaving that ball.
 
-The gradient of L in the logits is (1 - p_y) (q - e_y): p the softmax, q the softmax over all classes but y, e_y one-hot.
-Its positive factor does not matter to d and is left out. So d is right, and not zero, also where a net is so confident that
-1 - p_y rounds to 0.
+The gradient of L in the logits is (1 - p_y) (q - e_y), with p the softmax, q the softmax over all classes but y, e_y
+one-hot. Its first factor changes nothing about d and is left out, so d is right, and not zero, also where a net is so
+confident that 1 - p_y rounds to 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,16 +23,18 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dd_jax.attacks.deepfool import Options, check_arguments, checked_logits, hoist_for_search, next_rows
 from dd_jax.closures import ApplyFn, Closure, hoist
-from dd_jax.norms import Norm, per_example, project, sample_in_ball, steepest_direction
+from dd_jax.norms import Bounds, Norm, check_bounds, is_known, per_example, project, sample_in_ball, stay_within
+from dd_jax.norms import steepest_direction as steepest
 from dd_jax.types import AttackResult, LogitsFn
 
-Bounds = Sequence[Array | float]
+SizeOrSizes = float | Float[Array, ""] | Float[Array, " batch"]
+EpsilonFn = Callable[[Float[Array, " batch"]], Array]
 
-GRID_SPAN = 1000.0  # From the largest epsilon tried down to the smallest: three digits, finer than a pixel's 1/255.
+GRID_SPAN = 1000.0  # From the largest epsilon of the grid down to the smallest.
 
 
 class Ascent(NamedTuple):
-    """The state of PGD: how far each example is."""
+    """How far PGD is with each example."""
 
     perturbation: Float[Array, "batch ..."]
     num_steps: Int[Array, " batch"]
@@ -40,12 +42,12 @@ class Ascent(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The state of the search for epsilon: FGSM fails at `low` and succeeds at `high` (inf: at none that was tried)."""
+    """How far the search for epsilon is with each example: FGSM fails at `low`, fools at `high` (inf: nowhere yet)."""
 
     low: Float[Array, " batch"]
     high: Float[Array, " batch"]
     num_tried: Int[Array, " batch"]  # of the grid
-    num_bisections: Int[Array, " batch"]
+    num_halved: Int[Array, " batch"]
 
 
 def fgsm(
@@ -53,36 +55,35 @@ def fgsm(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"] | None = None,
     *,
-    epsilon: float | Float[Array, "..."],
+    epsilon: SizeOrSizes,
     norm: Norm = "linf",
     bounds: Bounds | None = None,
     freeze: bool = True,
 ) -> AttackResult:
-    """The fast gradient sign method: one step of length epsilon up the cross-entropy, D = epsilon * d(x).
+    """The fast gradient sign method, one step up the cross-entropy: D = B(epsilon * d(x)).
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
-      inputs: any rank, floating; where there are bounds, within them.
+      inputs: any rank, floating; within the bounds, if there are any.
       labels: the classes to leave. None: the predicted ones.
-      epsilon: ||D||_p, in the units of the inputs; one number, or one per example. 0 or more.
-      norm: "linf" (the method as published) or "l2" (its step along the normalised gradient).
-      bounds: (lower, upper), floats or arrays that broadcast to one example: inputs + D stays within. None: no clipping.
-      freeze: leave what is misclassified already as it is: zero perturbation, success, zero steps. False: attack every
-        example, as adversarial training does.
+      epsilon: ||D||_p, in the units of the inputs, 0 or more; one number, or one per example.
+      norm: "linf", as published, or "l2", along the normalised gradient.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example: inputs + D stays within. None: no bounds.
+      freeze: leave alone what is misclassified already: zero perturbation, success, zero steps. False: attack all, as
+        adversarial training does.
 
     Returns:
-      AttackResult(perturbation, success, num_steps): success is whether inputs + D is classified differently from its label;
-      num_steps is 1, or 0 where frozen. ||D||_p never exceeds epsilon, also not by rounding.
+      AttackResult(perturbation, success, num_steps). success: whether inputs + D is not classified as its label says.
+      num_steps: 1, or 0 where frozen. ||D||_p does not exceed epsilon, not even by rounding.
 
-    Edges: where the gradient vanishes (dead net, all logits tied everywhere) or is not finite, the example stays where it is.
-    Gradients do not flow through the result. The same as `pgd` with one step of size epsilon.
+    Edges: where the gradient vanishes (dead net) or is not finite, nothing moves. Gradients do not flow through the
+    result. It is `pgd` with one step of size epsilon.
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
-    return pgd(
-        logits_fn, inputs, labels, epsilon=epsilon, step_size=epsilon, num_steps=1, norm=norm, bounds=bounds, freeze=freeze
-    )
+    one_step = dict(step_size=epsilon, num_steps=1)
+    return pgd(logits_fn, inputs, labels, epsilon=epsilon, **one_step, norm=norm, bounds=bounds, freeze=freeze)
 
 
 def pgd(
@@ -90,35 +91,33 @@ def pgd(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"] | None = None,
     *,
-    epsilon: float | Float[Array, "..."],
-    step_size: float | Float[Array, "..."],
+    epsilon: SizeOrSizes,
+    step_size: SizeOrSizes,
     num_steps: int = 40,
     norm: Norm = "linf",
     bounds: Bounds | None = None,
     key: PRNGKeyArray | None = None,
     freeze: bool = True,
 ) -> AttackResult:
-    """Projected gradient ascent of the cross-entropy within the lp ball of radius epsilon around each input.
-
-        D_k+1 = B(P(D_k + step_size * d(x + D_k)))                 (see the module's docstring)
+    """Projected gradient ascent of the cross-entropy: D_k+1 = B(P(D_k + step_size * d(x + D_k))).
 
     Args:
       logits_fn, inputs, labels, norm, bounds: as in `fgsm`.
-      epsilon: the radius of the ball, in the units of the inputs; one number, or one per example. 0 or more.
-      step_size: the length of a step before the projection, in the same units (not relative to epsilon); one number, or one
-        per example. 0 or more.
+      epsilon: the radius of the ball, in the units of the inputs, 0 or more; one number, or one per example.
+      step_size: the length of a step, before P, in the same units (not relative to epsilon); one number, or one per
+        example.
       num_steps: the largest number of steps.
-      key: draws the start D_0 uniformly from the ball, per example by its place in the batch. None: starts at the input.
-      freeze: stop each example at the first iterate that is misclassified, so success is judged at *every* iterate. False:
-        every example takes all steps, misclassified ones included, and success is judged at the *last* iterate alone.
+      key: draws D_0 uniformly from the ball, for each example by its place in the batch. None: D_0 = 0.
+      freeze: stop an example at the first iterate that is misclassified: success is judged at *every* iterate. False:
+        all examples take all steps, those misclassified already included; success is judged at the *last* iterate.
 
     Returns:
-      AttackResult(perturbation, success, num_steps): success is whether inputs + perturbation is classified differently from
-      its label, num_steps how many steps that took; `num_steps` where it did not succeed. ||perturbation||_p never exceeds
-      epsilon, also not by rounding.
+      AttackResult(perturbation, success, num_steps). success: whether inputs + perturbation is not classified as its
+      label says. num_steps: steps until then; the limit where there was no success. ||perturbation||_p does not exceed
+      epsilon, not even by rounding.
 
-    Edges: an input that is misclassified already is done (freeze): zero perturbation, success, zero steps, random start or
-    not. Where the gradient vanishes or is not finite, no step is taken. Results do not depend on the rest of the batch, and
+    Edges: with `freeze`, what is misclassified already is done: zero perturbation, success, zero steps, with a key too.
+    Where the gradient vanishes or is not finite, no step is taken. Results do not depend on the rest of the batch, and
     an example that has stopped costs nothing more. Gradients do not flow through the result.
 
     Raises:
@@ -128,7 +127,7 @@ def pgd(
     check_arguments(inputs, labels, options)
     check_bounds(bounds, inputs)
     inputs = lax.stop_gradient(jnp.asarray(inputs))
-    epsilon, step_size = (size_per_example(s, inputs, n) for s, n in ((epsilon, "epsilon"), (step_size, "step_size")))
+    epsilon, step_size = one_per_example("epsilon", epsilon, inputs), one_per_example("step_size", step_size, inputs)
     labels, right = labels_to_leave(logits_fn, inputs, labels)
     active = right if freeze else jnp.ones_like(right)
     start = jnp.zeros_like(inputs)
@@ -169,53 +168,135 @@ def minimal_fgsm(
     num_grid_points: int = 30,
     num_bisections: int = 10,
 ) -> AttackResult:
-    """FGSM with the smallest epsilon that changes each example's class: the perturbations of the paper's rho_inf.
+    """FGSM with the smallest epsilon that changes each example's class, as in Deep Defense's rho_inf.
 
-    Success need not be monotonic in epsilon. Per example, a geometric grid from max_epsilon / 1000 to max_epsilon is tried
-    upwards to its first success, and the interval below that is bisected. The direction is computed once.
+    FGSM may fool at one epsilon and not at a larger one. So a geometric grid from max_epsilon / 1000 to max_epsilon is
+    tried upwards until the first success, and the interval below that is bisected; d(x) is computed once.
 
     Args:
       logits_fn, inputs, labels, norm, bounds: as in `fgsm`.
-      max_epsilon: the largest epsilon that is tried, in the units of the inputs. More than 0.
-      num_grid_points: of the grid, at least 2. A success between two points is seen only if it lasts until the upper one.
-      num_bisections: 0 or more; each halves what is left of the interval. With the defaults the result is within 0.03 % of
-        the smallest epsilon, and within a millionth of max_epsilon below the grid.
+      max_epsilon: the largest epsilon to try, in the units of the inputs, more than 0.
+      num_grid_points: at least 2. What fools between two points but at neither is missed.
+      num_bisections: 0 or more. With the defaults epsilon is found to 0.03 %, below the grid to max_epsilon / 10^6.
 
     Returns:
-      AttackResult(perturbation, success, num_steps): D = B(epsilon * d(x)) at the epsilon found; num_steps is 1. Where no
-      epsilon succeeds: the perturbation of max_epsilon, without success. What is misclassified already is done: zero
-      perturbation, success, zero steps. Gradients do not flow through the result.
+      AttackResult(perturbation, success, num_steps). perturbation: B(epsilon * d(x)), where none fools that of
+      max_epsilon, without success. num_steps: 1. What is misclassified already is done: zero perturbation, success,
+      zero steps. Gradients do not flow through the result.
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
+    for name, value, least in (("num_grid_points", num_grid_points, 2), ("num_bisections", num_bisections, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
     if not max_epsilon > 0:
         raise ValueError(f"max_epsilon is {max_epsilon}; it must be more than 0.")
-    if num_grid_points < 2 or num_bisections < 0:
-        raise ValueError(
-            f"num_grid_points is {num_grid_points} and num_bisections {num_bisections}; they must be at least 2 and 0."
-        )
-    line = fgsm_line(logits_fn, inputs, labels, norm, bounds)
-    dtype = line.inputs.dtype
-    grid = jnp.geomspace(max_epsilon / GRID_SPAN, max_epsilon, num_grid_points, dtype=dtype).at[-1].set(max_epsilon)
+    right, perturbation_at, fooled_at = fgsm_line(logits_fn, inputs, labels, norm, bounds)
+    grid = jnp.geomspace(max_epsilon / GRID_SPAN, max_epsilon, num_grid_points, dtype=inputs.dtype)
+    grid = grid.at[-1].set(max_epsilon)
     found = lambda state: jnp.isfinite(state.high)
-    active = lambda state: line.right & jnp.where(
-        found(state), state.num_bisections < num_bisections, state.num_tried < num_grid_points
+    is_active = lambda state: (
+        right & jnp.where(found(state), state.num_halved < num_bisections, state.num_tried < num_grid_points)
     )
 
     def turn(state: Bracket) -> Bracket:
-        middle = (state.low + state.high) / 2
-        epsilon = jnp.where(found(state), middle, grid[jnp.minimum(state.num_tried, num_grid_points - 1)])
-        fooled, going = line.fooled_at(epsilon), active(state)
+        epsilon = jnp.where(found(state), (state.low + state.high) / 2, grid[state.num_tried])
+        fooled, active = fooled_at(epsilon), is_active(state)
         return Bracket(
-            jnp.where(going & ~fooled, epsilon, state.low),
-            jnp.where(going & fooled, epsilon, state.high),
-            state.num_tried + (going & ~found(state)),
-            state.num_bisections + (going & found(state)),
+            jnp.where(active & ~fooled, epsilon, state.low),
+            jnp.where(active & fooled, epsilon, state.high),
+            state.num_tried + (active & ~found(state)),
+            state.num_halved + (active & found(state)),
         )
 
-    nothing, none = jnp.zeros(line.right.shape, dtype), jnp.zeros(line.right.shape, jnp.int32)
-    start = Bracket(nothing, nothing + jnp.inf, none, none)
-    state = lax.while_loop(lambda state: jnp.any(active(state)), turn, start)
-    epsilon = jnp.where(line.right, jnp.where(found(state), state.high, max_epsilon), 0)
-    return AttackResult(line.perturbation_at(epsilon), found(state) | ~line.right, line.right.astype(jnp.int32))
+    zeros, none = jnp.zeros(right.shape, inputs.dtype), jnp.zeros(right.shape, jnp.int32)
+    start = Bracket(zeros, zeros + jnp.inf, none, none)
+    state = lax.while_loop(lambda state: jnp.any(is_active(state)), turn, start)
+    epsilon = jnp.where(found(state), state.high, max_epsilon)
+    perturbation = perturbation_at(jnp.where(right, epsilon, 0))
+    return AttackResult(perturbation, found(state) | ~right, right.astype(jnp.int32))
+
+
+def fgsm_success_curve(
+    logits_fn: LogitsFn,
+    inputs: Float[Array, "batch ..."],
+    labels: Int[Array, " batch"] | None = None,
+    *,
+    epsilons: Float[Array, " epsilons"] | Sequence[float],
+    norm: Norm = "linf",
+    bounds: Bounds | None = None,
+) -> Bool[Array, "epsilons batch"]:
+    """Whether FGSM fools, for each epsilon and each example; d(x) is computed once.
+
+    The mean over a data set (sums of batches add up) is the success rate over epsilon, Figure 5 of Deep Defense's
+    supplement. The epsilon at which half of the images fall lies between the neighbours whose rates enclose 0.5; call
+    again with epsilons between these to have it as precisely as the number of images allows.
+
+    Args:
+      logits_fn, inputs, labels, norm, bounds: as in `fgsm`.
+      epsilons: in the units of the inputs, 0 or more, in any order.
+
+    Returns:
+      success[i, j]: whether inputs[j] + B(epsilons[i] * d(inputs[j])) is not classified as labels[j] says. True for all
+      epsilons where inputs[j] is misclassified already.
+
+    Raises:
+      ValueError: at trace time, for shapes, types or options that make no sense.
+    """
+    if jnp.ndim(epsilons) != 1 or is_known(lambda: jnp.any(~(jnp.asarray(epsilons) >= 0))):
+        raise ValueError(f"epsilons must be a vector of numbers, each 0 or more; got {epsilons}.")
+    right, _, fooled_at = fgsm_line(logits_fn, inputs, labels, norm, bounds)
+    every = lambda epsilon: fooled_at(jnp.broadcast_to(epsilon, right.shape))
+    return ~right | lax.map(every, jnp.asarray(epsilons, inputs.dtype))
+
+
+def fgsm_line(
+    logits_fn: LogitsFn, inputs: Array, labels: Array | None, norm: Norm, bounds: Bounds | None
+) -> tuple[Bool[Array, " batch"], EpsilonFn, EpsilonFn]:
+    """What is classified rightly, and FGSM as two functions of one epsilon per example: perturbation, and success."""
+    check_arguments(inputs, labels, Options(norm))
+    check_bounds(bounds, inputs)
+    inputs = lax.stop_gradient(jnp.asarray(inputs))
+    labels, right = labels_to_leave(logits_fn, inputs, labels)
+    apply_fn, closure = hoist(logits_fn, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
+    closure = jax.tree.map(lax.stop_gradient, closure)
+    _, direction = steepest_ascent(apply_fn, closure, inputs, labels, norm)
+
+    def perturbation_at(epsilon: Float[Array, " batch"]) -> Float[Array, "batch ..."]:
+        return stay_within(project(per_example(epsilon, inputs) * direction, epsilon, norm), inputs, bounds)
+
+    def fooled_at(epsilon: Float[Array, " batch"]) -> Bool[Array, " batch"]:
+        return jnp.argmax(apply_fn(closure, inputs + perturbation_at(epsilon)), axis=-1) != labels
+
+    return right, perturbation_at, fooled_at
+
+
+def steepest_ascent(
+    apply_fn: ApplyFn, closure: Closure, x: Float[Array, "rows ..."], labels: Int[Array, " rows"], norm: Norm
+) -> tuple[Int[Array, " rows"], Float[Array, "rows ..."]]:
+    """The predicted classes at x, and d(x); zero where it is not finite."""
+    logits, pull_back = jax.vjp(lambda x: apply_fn(closure, x), x)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jax.nn.softmax(jnp.where(is_label, -jnp.inf, logits))
+    direction = steepest(pull_back(others - is_label)[0], norm)
+    return jnp.argmax(logits, axis=-1), jnp.where(jnp.isfinite(direction), direction, 0)
+
+
+def labels_to_leave(
+    logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], labels: Array | None
+) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
+    """The labels, or if there are none the predicted classes, and which examples are classified as they say."""
+    predicted = jnp.argmax(checked_logits(logits_fn, inputs, labels), axis=-1).astype(jnp.int32)
+    labels = predicted if labels is None else jnp.asarray(labels, jnp.int32)
+    return labels, predicted == labels
+
+
+def one_per_example(name: str, size: SizeOrSizes, inputs: Float[Array, "batch ..."]) -> Float[Array, " batch"]:
+    """A size for each example, from one for all or one for each; ValueError for other shapes, and below 0."""
+    sizes = jnp.asarray(size, inputs.dtype)
+    if sizes.ndim != 0 and sizes.shape != inputs.shape[:1]:
+        raise ValueError(f"{name} must be one number, or one per example: {inputs.shape[:1]}; got shape {sizes.shape}.")
+    if is_known(lambda: jnp.any(~(jnp.asarray(size) >= 0))):
+        raise ValueError(f"{name} is {size}; it must be 0 or more.")
+    return lax.stop_gradient(jnp.broadcast_to(sizes, inputs.shape[:1]))

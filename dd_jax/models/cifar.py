@@ -8,7 +8,8 @@ from typing import ClassVar
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dd_jax.models.layers import avg_pool, conv, max_pool, only_pixel
+from dd_jax.models.layers import conv, only_pixel
+from dd_jax.pooling import avg_pool, max_pool
 
 DROPOUT_RATE = 0.5
 

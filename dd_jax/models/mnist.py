@@ -8,7 +8,8 @@ from typing import ClassVar
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dd_jax.models.layers import conv, dense, flatten, max_pool
+from dd_jax.models.layers import conv, dense, flatten
+from dd_jax.pooling import max_pool
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Convolution whose derivatives are convolutions of the same plain kind, to any order.
+"""Convolutions and matrix products whose derivatives are of the same plain kind, to any order.
 
 XLA runs a plain convolution (NHWC images, HWIO kernel, stride 1) at full speed on a CPU, but inside a loop the forms that
 autodiff makes for its derivatives run up to 100 times slower (jax issue 12868). The derivatives are convolutions themselves,
@@ -116,3 +116,23 @@ def grouped_convolution(x: Array, kernel: Array, strides: tuple[int, int], paddi
         return strided_convolution(x, kernel, strides, padding)
     parts = zip(jnp.split(x, num_groups, axis=3), jnp.split(kernel, num_groups, axis=3), strict=True)
     return jnp.concatenate([strided_convolution(part, k, strides, padding) for part, k in parts], axis=3)
+
+
+@jax.custom_vjp
+def matrix_product(
+    x: Float[Array, "batch inputs"], weights: Float[Array, "inputs outputs"]
+) -> Float[Array, "batch outputs"]:
+    """x @ weights. The barrier keeps XLA on a CPU from recomputing what comes before the product inside of it."""
+    return lax.optimization_barrier(x) @ weights
+
+
+def _product_forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matrix_product(x, weights), (x, weights)
+
+
+def _product_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weights = saved
+    return matrix_product(cotangent, weights.T), matrix_product(x.T, cotangent)
+
+
+matrix_product.defvjp(_product_forward, _product_backward)

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from dd_jax.models.layers import avg_pool, max_pool, only_pixel
+from dd_jax.models.layers import only_pixel
+from dd_jax.pooling import avg_pool, max_pool
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "overlapping_maxpool.npz"
 

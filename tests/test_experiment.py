@@ -1,0 +1,397 @@
+"""A run: its stages, what it measures, where its reference comes from, and that stopping it changes no bit."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dd_jax import configuration, data, experiment, models, pretrained
+from dd_jax.configuration import ConfigurationError
+from dd_jax.experiment import DEFENDED, REFERENCE
+
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+CONFIG = ROOT / "configs/digits_mlp.py"
+TINY = (
+    "data.train_limit=200",
+    "data.test_limit=50",
+    "reference.num_epochs=3",
+    "reference.batch_size=50",
+    "defense.num_steps=2",
+    "fine_tuning.num_epochs=2",
+    "fine_tuning.batch_size=50",
+    "evaluation.batch_size=25",
+    "evaluation.num_steps=5",
+    "evaluation.epoch_examples=25",
+)
+REFERENCE_STEPS, DEFENDED_STEPS, STEPS_PER_EPOCH = 12, 8, 4
+LOG_EVERY = 2
+NEVER = math.inf
+
+
+@pytest.fixture(autouse=True, scope="module")
+def setting():
+    """Configurations can be read, every second step is logged, and nothing is saved before the end of a stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        patch.setattr(experiment, "LOG_EVERY", LOG_EVERY)
+        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
+        yield
+
+
+def built(workdir, *overrides):
+    config = configuration.read(str(CONFIG), [f"--config.{override}" for override in (*TINY, *overrides)])
+    return experiment.build(config, workdir)
+
+
+def run(workdir, *overrides):
+    parts = built(workdir, *overrides)
+    configuration.claim_directory(parts.config, workdir)
+    return experiment.run(parts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The run directory of a run that nothing has disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(workdir)
+    return workdir
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def states(workdir, *overrides):
+    parts = built(workdir, *overrides)
+    return {stage: experiment.restore(parts, stage) for stage in (REFERENCE, DEFENDED)}
+
+
+def assert_bitwise(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def assert_same_run(workdir, wanted):
+    """Parameters, the optimiser's state and the step, and every line of metrics.jsonl."""
+    assert_bitwise(states(workdir), states(wanted))
+    assert lines(workdir) == lines(wanted)
+
+
+# An undisturbed run
+
+
+def test_a_run_logs_its_steps_epochs_and_measurements(finished):
+    logged = lines(finished)
+    for stage, num_steps, parts in (
+        (REFERENCE, REFERENCE_STEPS, {"loss", "cross_entropy", "correct"}),
+        (DEFENDED, DEFENDED_STEPS, {"loss", "cross_entropy", "correct", "penalty", "margin", "num_steps"}),
+    ):
+        training = [line for line in logged if line["stage"] == stage and "loss" in line]
+        assert [line["step"] for line in training] == list(range(2, num_steps + 1, LOG_EVERY))
+        assert all(set(line) == {"stage", "step", "epoch"} | parts for line in training)
+        assert all(line["epoch"] == line["step"] / STEPS_PER_EPOCH for line in training)
+        epochs = [line for line in logged if line["stage"] == stage and "test" in line]
+        assert [line["step"] for line in epochs] == list(range(4, num_steps + 1, STEPS_PER_EPOCH))
+        assert all(line["test"]["num_examples"] == 25 for line in epochs)
+        (final,) = (line for line in logged if line["stage"] == stage and "measured" in line)
+        assert final["step"] == num_steps and final["measured"]["num_examples"] == 50
+    first, last = (
+        line["loss"] for line in logged if line["stage"] == REFERENCE and line["step"] in (2, 12) and "loss" in line
+    )
+    assert last < first / 2
+
+
+def test_a_run_makes_the_net_harder_to_fool(finished):
+    before, after = (line["measured"] for line in lines(finished) if "measured" in line)
+    assert before["accuracy"] > 0.9 and after["accuracy"] > 0.9
+    assert after["rho_l2"] > 1.2 * before["rho_l2"] > 0 and after["l2"] > 1.2 * before["l2"]
+    assert 0.9 < after["deepfool_success"] <= 1
+
+
+def test_a_run_is_a_function_of_its_configuration(finished, tmp_path):
+    """A finished run is not run again, another one ends the same, another seed ends elsewhere."""
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    result = run(finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert run(tmp_path / "again") == result
+    assert_same_run(tmp_path / "again", finished)
+    run(tmp_path / "other", "seed=1", "fine_tuning.num_epochs=0")
+    kernel = lambda state: state.params["fc1"]["kernel"]  # noqa: E731
+    seeds = states(tmp_path / "other", "seed=1", "fine_tuning.num_epochs=0")
+    assert np.abs(kernel(seeds[REFERENCE]) - kernel(states(finished)[REFERENCE])).max() > 1e-3
+
+
+def test_the_measurement_does_not_depend_on_the_batch_size(finished):
+    parts = built(finished)
+    state = experiment.restore(parts, DEFENDED)
+    whole = experiment.measure(parts, state)
+    parts.config.evaluation.batch_size = 7
+    ragged = experiment.measure(parts, state)
+    assert ragged.keys() == whole.keys() and ragged["num_examples"] == 50
+    np.testing.assert_allclose(list(ragged.values()), list(whole.values()), rtol=1e-5)
+
+
+# Stopped and started again
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """Counts the batches asked for."""
+    taken, original = [], data.training_batch
+    monkeypatch.setattr(data, "training_batch", lambda *args, **kw: taken.append(kw["step"]) or original(*args, **kw))
+    return taken
+
+
+def stop_at(patch, module, name, call):
+    """Lets the n-th call of a function be the moment of Ctrl-C."""
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def stopped(*args, **options):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    patch.setattr(module, name, stopped)
+
+
+@pytest.mark.parametrize(
+    "seconds, module, name, call, steps_again",
+    [
+        pytest.param(0, data, "training_batch", 1, 20, id="before the first step"),
+        pytest.param(0, data, "training_batch", 8, 14, id="in the reference's training, checkpoint at 6"),
+        pytest.param(NEVER, data, "training_batch", 8, 20, id="in the reference's training, no checkpoint"),
+        pytest.param(0, experiment, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"),
+        pytest.param(NEVER, experiment, "measure", 4, 8, id="while the reference is measured"),
+        pytest.param(NEVER, data, "training_batch", 13, 8, id="between the stages"),
+        pytest.param(0, data, "training_batch", 18, 4, id="in the fine-tuning, checkpoint at 4"),
+        pytest.param(NEVER, data, "training_batch", 18, 8, id="in the fine-tuning, no checkpoint"),
+        pytest.param(NEVER, experiment, "measure", 7, 0, id="while the defended net is measured"),
+    ],
+)
+def test_a_stopped_run_ends_where_an_undisturbed_one_ends(
+    finished, tmp_path, steps_taken, monkeypatch, seconds, module, name, call, steps_again
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", seconds - 1)
+        stop_at(patch, module, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    steps_taken.clear()
+    run(tmp_path)
+    assert len(steps_taken) == steps_again
+    assert_same_run(tmp_path, finished)
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        stop_at(patch, data, "training_batch", 18)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "defended", "step": 6, "loss": 3.1')
+    (tmp_path / "metrics.partial").write_text('{"stage": "reference"')
+    (tmp_path / "config.partial").write_text("{")
+    (tmp_path / "preprocessing.npz.partial").write_bytes(b"PK")
+    (tmp_path / "checkpoints/defended/6.orbax-checkpoint-tmp/default").mkdir(parents=True)
+    (tmp_path / "checkpoints/defended/6.orbax-checkpoint-tmp/default/_METADATA").write_text("{")
+    run(tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+SLOW_TRAINING = """
+import sys, time
+sys.path[:0] = [{root!r}]
+import train
+from dd_jax import command_line, data, experiment
+experiment.LOG_EVERY, experiment.SECONDS_BETWEEN_CHECKPOINTS = {log_every}, -1
+training_batch = data.training_batch
+data.training_batch = lambda *args, **options: time.sleep(0.1) or training_batch(*args, **options)
+command_line.run(train.main)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_path):
+    code = SLOW_TRAINING.format(root=str(ROOT), log_every=LOG_EVERY)
+    command = [sys.executable, "-c", code, "--config", str(CONFIG), "--workdir", str(tmp_path / "run")]
+    command += [f"--config.{override}" for override in TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+    journal, patience = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
+    try:
+        while not (journal.exists() and '"defended", "step": 4' in journal.read_text()):
+            assert process.poll() is None and time.monotonic() < patience, process.communicate()[1]
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run/report.json").exists()
+    assert 4 <= lines(tmp_path / "run")[-1]["step"] < DEFENDED_STEPS
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
+# Where the reference comes from
+
+
+def test_every_defense_starts_from_the_same_reference(finished, tmp_path, steps_taken):
+    run(tmp_path / "trained", "defense.name=clean")
+    assert len(steps_taken) == REFERENCE_STEPS + DEFENDED_STEPS
+    steps_taken.clear()
+    source = f"reference.source={finished}"
+    run(tmp_path / "given", "defense.name=clean", source)
+    assert steps_taken == list(range(DEFENDED_STEPS))
+    trained = states(tmp_path / "trained", "defense.name=clean")
+    given = states(tmp_path / "given", "defense.name=clean", source)
+    defended = states(finished)
+    assert_bitwise(trained[REFERENCE], defended[REFERENCE])
+    assert_bitwise(given[REFERENCE].params, defended[REFERENCE].params)
+    assert_bitwise(given[DEFENDED], trained[DEFENDED])
+    assert np.abs(given[DEFENDED].params["fc3"]["kernel"] - defended[DEFENDED].params["fc3"]["kernel"]).max() > 1e-4
+    measured = [
+        [line["measured"] for line in lines(path) if "measured" in line] for path in (finished, tmp_path / "given")
+    ]
+    assert measured[0][0] == measured[1][0] and measured[0][1] != measured[1][1]
+    assert not [line for line in lines(tmp_path / "given") if line["stage"] == REFERENCE and "loss" in line]
+
+
+def torch_arrays():
+    with np.load(TESTS / "golden/mlp.npz") as arrays:
+        return {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
+
+
+def test_a_reference_given_as_pytorch_named_arrays_is_taken_as_it_is(tmp_path, steps_taken):
+    np.savez(tmp_path / "mlp.npz", **torch_arrays())
+    overrides = (f"reference.source={tmp_path / 'mlp.npz'}", "fine_tuning.num_epochs=0")
+    result = run(tmp_path / "run", *overrides)
+    assert not steps_taken and result[REFERENCE] == result[DEFENDED]
+    wanted = jax.tree.map(np.float32, pretrained.from_torch("mlp", torch_arrays()))
+    for state in states(tmp_path / "run", *overrides).values():
+        assert_bitwise(state.params, wanted)
+
+
+def refusal(function, *arguments):
+    with pytest.raises(ConfigurationError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+def five_classes(arrays):
+    return arrays | {"fc3.weight": arrays["fc3.weight"][:5], "fc3.bias": arrays["fc3.bias"][:5]}
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        pytest.param(lambda path: None, "must be a run directory or an .npz file", id="nothing"),
+        pytest.param(lambda path: path.write_text("net"), "is of no use for mlp (", id="text"),
+        pytest.param(lambda path: path.write_bytes(b""), "is of no use for mlp (", id="empty file"),
+        pytest.param(lambda path: path.write_bytes(b"PK\x03\x04"), "is of no use for mlp (", id="cut short"),
+        pytest.param(lambda path: np.save(path.open("wb"), np.ones(3)), "is of no use for mlp (", id="one array"),
+        pytest.param(lambda path: np.savez(path, a=np.ones(3)), "missing: fc1.bias (500,), ", id="other arrays"),
+        pytest.param(
+            lambda path: np.savez(path, **five_classes(torch_arrays())), "must have 10 classes", id="5 classes"
+        ),
+        pytest.param(lambda path: path.mkdir(), "is not a run directory: it has no config.json", id="directory"),
+    ],
+)
+def test_a_source_that_holds_no_reference_is_refused(tmp_path, make, said):
+    path = tmp_path / "source.npz"
+    make(path)
+    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={path}"))
+    assert said in message and str(path) in message and not (tmp_path / "run").exists()
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "net.pt").write_bytes(b"PK")
+    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.pt'}"))
+    assert "net.pt'; it must be a run directory or an .npz file of PyTorch-named arrays" in message
+
+
+def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refused(tmp_path):
+    parts = built(tmp_path / "mine", f"reference.source={tmp_path / 'theirs'}")
+    for override, said in (
+        ("model.name=lenet", "is of lenet on digits (none); this configuration needs mlp on digits (none)."),
+        ("data.name=mnist", "is of mlp on mnist (mean_image); this configuration needs mlp on digits (none)."),
+        (
+            "data.preprocessing=mean_image",
+            "is of mlp on digits (mean_image); this configuration needs mlp on digits (none).",
+        ),
+        ("data.preprocessing=none", "has no finished reference net; let train.py go on to its end."),
+    ):
+        (tmp_path / "theirs/config.json").unlink(missing_ok=True)
+        theirs = configuration.read(str(CONFIG), [f"--config.{override}"])
+        configuration.claim_directory(theirs, tmp_path / "theirs")
+        message = refusal(experiment.given_reference, parts)
+        assert str(tmp_path / "theirs") in message and said in message
+
+
+# Before a run
+
+
+def test_missing_data_is_noticed_at_once_and_nothing_is_made(tmp_path):
+    config = configuration.read(str(ROOT / "configs/mnist_mlp.py"), [f"--config.data.dir={tmp_path / 'no data'}"])
+    start = time.monotonic()
+    with pytest.raises(data.DataError, match="mnist is not in .*no data"):
+        experiment.build(config, tmp_path / "run")
+    assert time.monotonic() - start < 2 and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("section", ["reference", "fine_tuning"])
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, section):
+    with pytest.raises(
+        ConfigurationError, match=f"{section}.batch_size is 201, but there are only 200 training examples"
+    ):
+        built(tmp_path / "run", f"{section}.batch_size=201")
+    assert not (tmp_path / "run").exists()
+    built(tmp_path / "run", f"{section}.batch_size=200")
+
+
+def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
+    parts = built(tmp_path, "fine_tuning.max_steps=5", "reference.max_steps=1000", "reference.batch_size=60")
+    reference, defended = (experiment.make_stage(parts, name) for name in (REFERENCE, DEFENDED))
+    assert (reference.num_steps, reference.steps_per_epoch) == (9, 3)
+    assert (defended.num_steps, defended.steps_per_epoch) == (5, 4)
+    assert reference.loss_fn.func.__name__ == "plain_loss" and not reference.loss_fn.keywords
+    assert defended.loss_fn.func.__name__ == "deep_defense_loss"
+    wanted = dict(parts.config.defense)
+    assert wanted.pop("name") == "deep_defense" and defended.loss_fn.keywords == wanted | {"num_candidates": None}
+    clean = experiment.make_stage(built(tmp_path, "defense.name=clean"), DEFENDED)
+    assert clean.loss_fn.func.__name__ == "plain_loss" and not clean.loss_fn.keywords
+
+
+def test_the_input_space_is_the_one_that_the_run_was_made_with(tmp_path):
+    parts = built(tmp_path, "data.preprocessing=mean_image")
+    assert np.abs(parts.train_inputs.mean(axis=0)).max() < 1e-3 < parts.preprocessing.mean_image.max()
+    parts.preprocessing._replace(mean_image=parts.preprocessing.mean_image + 51).save(tmp_path / "preprocessing.npz")
+    again = built(tmp_path, "data.preprocessing=mean_image")
+    np.testing.assert_allclose(parts.test_inputs - again.test_inputs, 0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, preprocessing", [("digits", "none"), ("mnist", "mean_image"), ("cifar10", "contrast_whiten")]
+)
+def test_paper_stands_for_what_the_paper_did(name, preprocessing):
+    config = configuration.read(str(CONFIG), [f"--config.data.name={name}"])
+    assert experiment.preprocessing_name(config) == preprocessing
+    config.data.preprocessing = "none"
+    assert experiment.preprocessing_name(config) == "none"
+    assert set(experiment.PAPER_PREPROCESSING) == set(data.SOURCES)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_net_gets_images_of_its_shape(name, tmp_path):
+    parts = built(tmp_path, f"model.name={name}", "data.train_limit=100", "data.test_limit=3")
+    assert parts.test_inputs.shape == (3, *models.input_shape(name)) and parts.test_inputs.dtype == np.float32
