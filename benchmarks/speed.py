@@ -53,7 +53,6 @@ def trained_net(name: str, data_dir: str, workdir: pathlib.Path) -> tuple[Net, A
     config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
     parts = experiment.build(config, workdir / name)
     configuration.claim_directory(config, workdir / name)
-    experiment.keep_preprocessing(parts)
     state = experiment.reference_state(parts)
     apply_fn = lambda params, x: training.make_logits_fn(parts.model, params, {})(x)
     return apply_fn, state.params, jnp.asarray(parts.train_inputs[:1000]), jnp.asarray(parts.data.train_labels[:1000])

@@ -9,4 +9,5 @@ from configs import digits_mlp
 def get_config():
     config = digits_mlp.get_config()
     config.model.name = "lenet"
+    config.reference.learning_rate = 0.01  # At the MLP's rate it diverges.
     return config

@@ -29,19 +29,25 @@ class Closure(NamedTuple):
 ApplyFn = Callable[[Closure, Array], Array]
 
 
-def hoist(logits_fn: LogitsFn, inputs: jax.ShapeDtypeStruct) -> tuple[ApplyFn, Closure]:
-    """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)` for inputs of this shape."""
-    traced = jax.make_jaxpr(logits_fn)(inputs)
-    is_parameter = [jnp.issubdtype(value.dtype, jnp.inexact) for value in traced.consts]
+def hoist(logits_fn: LogitsFn, *shapes: jax.ShapeDtypeStruct) -> tuple[ApplyFn, Closure]:
+    """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)` for inputs of these shapes.
+
+    The shapes differ in the number of rows alone. Inputs of another number of rows raise KeyError.
+    """
+    traces = {shape.shape[0]: jax.make_jaxpr(logits_fn)(shape) for shape in shapes}
+    values: dict[int, Array] = {id(value): value for trace in traces.values() for value in trace.consts}
+    is_parameter = {key: jnp.issubdtype(value.dtype, jnp.inexact) for key, value in values.items()}
+    parameters = [key for key in values if is_parameter[key]]
+    constants = [key for key in values if not is_parameter[key]]
 
     def apply_fn(closure: Closure, inputs: Array) -> Array:
-        parameters, constants = iter(closure.parameters), iter(closure.constants)
-        values = [next(parameters) if floating else next(constants) for floating in is_parameter]
-        (logits,) = evaluate(jex_core.ClosedJaxpr(traced.jaxpr, values), inputs)
+        trace = traces[inputs.shape[0]]
+        given = dict(zip(parameters + constants, closure.parameters + closure.constants, strict=True))
+        here = jex_core.ClosedJaxpr(trace.jaxpr, [given[id(value)] for value in trace.consts])
+        (logits,) = evaluate(here, inputs)
         return logits
 
-    by_kind = {kind: tuple(v for v, p in zip(traced.consts, is_parameter) if p is kind) for kind in (True, False)}
-    return apply_fn, Closure(by_kind[True], by_kind[False])
+    return apply_fn, Closure(tuple(values[key] for key in parameters), tuple(values[key] for key in constants))
 
 
 def rows_are_interchangeable(logits_fn: LogitsFn, inputs: Array, num_rows: int) -> bool:

@@ -31,7 +31,7 @@ from dd_jax.data import DataSet, Preprocessing
 
 REFERENCE, DEFENDED = "reference", "defended"
 SECONDS_BETWEEN_CHECKPOINTS = 30
-LOG_EVERY = 50
+MOST_STEPS_PER_LINE, FEWEST_LINES = 50, 10  # Of metrics.jsonl.
 PAPER_PREPROCESSING = {"digits": "none", "mnist": "mean_image", "cifar10": "contrast_whiten"}
 
 
@@ -194,8 +194,9 @@ def _train_with_progress(
         step=step,
         flip=experiment.config.data.flip,
     )
+    log_every = max(1, min(MOST_STEPS_PER_LINE, stage.num_steps // FEWEST_LINES))
     steps = training.fit(
-        state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=LOG_EVERY
+        state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=log_every
     )
     limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
     with progress(f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step)) as bar:
@@ -245,21 +246,26 @@ def measure_once(experiment: Experiment, stage_name: str, state: training.TrainS
     return measured
 
 
-def run(experiment: Experiment) -> dict[str, metrics.Summary]:
-    """The whole run: reference, its measurement, fine-tuning with the defense, its measurement. Returns both."""
+def reference_state(experiment: Experiment) -> training.TrainState:
+    """The reference net: restored from the run directory or from what the configuration names, else trained."""
     preprocessing_file = experiment.workdir / "preprocessing.npz"
     if not preprocessing_file.exists():
         experiment.preprocessing.save(preprocessing_file)
     given = given_reference(experiment)
 
-    def reference_start() -> training.TrainState:
+    def start() -> training.TrainState:
         stage = make_stage(experiment, REFERENCE)
         if given is None:
             return _untrained(experiment, stage)
         state = training.fresh_state(make_optimizer(stage), *given)
         return state._replace(step=jax.numpy.asarray(stage.num_steps, jax.numpy.int32))  # Nothing left to train.
 
-    reference = train(experiment, REFERENCE, reference_start)
+    return train(experiment, REFERENCE, start)
+
+
+def run(experiment: Experiment) -> dict[str, metrics.Summary]:
+    """The whole run: reference, its measurement, fine-tuning with the defense, its measurement. Returns both."""
+    reference = reference_state(experiment)
     before = measure_once(experiment, REFERENCE, reference)
     optimizer = make_optimizer(make_stage(experiment, DEFENDED))
     weights = jax.tree.map(jax.numpy.copy, (reference.params, reference.batch_stats))  # Training donates its state.

@@ -38,7 +38,7 @@ def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -
 
 
 def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
-    """||x||_q with 1/p + 1/q = 1, the norm of gradients where perturbations are measured in lp: l2 for l2, l1 for linf."""
+    """||x||_q with 1/p + 1/q = 1, a gradient's norm where perturbations are measured in lp: l2 for l2, l1 for linf."""
     check_norm(norm)
     if norm == "linf":
         return jnp.sum(jnp.abs(x), axis=_trailing(x, num_leading))
@@ -97,20 +97,17 @@ def sample_in_ball(
 ) -> Float[Array, "batch ..."]:
     """A point per example, uniform in the lp ball of that radius around zero, in the shape and dtype of `like`.
 
-    It depends on the key and on the example's place in the batch, not on the size of the batch.
+    With JAX's default generator it depends on the key and the example's place in the batch, not on the batch's size.
     """
     check_norm(norm)
-    shape, dtype = like.shape[1:], like.dtype
-
-    def point(key: PRNGKeyArray) -> Float[Array, "..."]:
-        if norm == "linf":
-            return jax.random.uniform(key, shape, dtype, -1, 1)
+    if norm == "linf":
+        unit = jax.random.uniform(key, like.shape, like.dtype, -1, 1)
+    else:
         for_direction, for_length = jax.random.split(key)
-        direction = steepest_direction(jax.random.normal(for_direction, (1, *shape), dtype), "l2")[0]
-        return direction * jax.random.uniform(for_length, (), dtype) ** (1 / direction.size)
-
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(like.shape[0]))
-    return project(per_example(radius, like) * jax.vmap(point)(keys), radius, norm)
+        direction = steepest_direction(jax.random.normal(for_direction, like.shape, like.dtype), norm)
+        lengths = jax.random.uniform(for_length, radius.shape, like.dtype) ** (like.shape[0] / like.size)
+        unit = per_example(lengths, like) * direction
+    return project(per_example(radius, like) * unit, radius, norm)
 
 
 def check_bounds(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> None:

@@ -215,15 +215,15 @@ def test_order_and_company_do_not_matter(short_turns, x64):
     assert_same(rows(attack(NET, company), slice(9)), rows(plain_result("float64"), order), rtol=1e-11)
 
 
-@pytest.mark.parametrize("turns, smallest, num_rows", [(2, 1, 5), (9, 1, 1), (9, 4, 4), (100, 100, 9)])
-def test_the_work_queue_does_not_show(turns, smallest, num_rows, monkeypatch, x64):
+@pytest.mark.parametrize("turns, smallest, expected", [(2, 1, {9, 5, 1}), (9, 1, {9, 1}), (9, 7, {9, 7, 2}), (1, 100, {9})])
+def test_the_work_queue_does_not_show(turns, smallest, expected, monkeypatch, x64):
     whole = plain_result("float64")
     monkeypatch.setitem(module.TURNS_PER_BATCH, "cpu", turns)
     monkeypatch.setitem(module.SMALLEST_TURN, "cpu", smallest)
     sizes = []
     logits_fn = lambda x: sizes.append(x.shape[0]) or NET(x)
     assert_same(attack(logits_fn, INPUTS.astype(float)), whole, rtol=1e-11)
-    assert min(sizes) == num_rows
+    assert set(sizes) == expected
 
 
 def test_eager_vmap_and_pmap_agree_with_jit(x64):

@@ -43,7 +43,8 @@ def setting():
     """Configurations can be read, every second step is logged, and nothing is saved before the end of a stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        patch.setattr(experiment, "LOG_EVERY", LOG_EVERY)
+        patch.setattr(experiment, "MOST_STEPS_PER_LINE", LOG_EVERY)
+        patch.setattr(experiment, "FEWEST_LINES", 1)
         patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
         yield
 
@@ -215,7 +216,8 @@ import sys, time
 sys.path[:0] = [{root!r}]
 import train
 from dd_jax import command_line, data, experiment
-experiment.LOG_EVERY, experiment.SECONDS_BETWEEN_CHECKPOINTS = {log_every}, -1
+experiment.MOST_STEPS_PER_LINE, experiment.FEWEST_LINES = {log_every}, 1
+experiment.SECONDS_BETWEEN_CHECKPOINTS = -1
 training_batch = data.training_batch
 data.training_batch = lambda *args, **options: time.sleep(0.1) or training_batch(*args, **options)
 command_line.run(train.main)

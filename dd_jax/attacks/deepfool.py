@@ -30,6 +30,7 @@ from dd_jax.types import AttackResult, LogitsFn
 TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a whole batch, by backend; measured.
 SMALLEST_TURN = {"cpu": 16}  # Fewer rows than this do not fill the device.
 DEFAULT_SMALLEST_TURN = 64
+LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
 
 
 class Options(NamedTuple):
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     gradient_offset: float = 0.0
     num_candidates: int | None = None
     rows_per_turn: int = 0
+    rows_per_last_turn: int = 0  # Once no more than these are active.
 
 
 class Problem(NamedTuple):
@@ -178,9 +180,10 @@ def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tu
     num_rows = max(-(-batch // TURNS_PER_BATCH.get(backend, 1)), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
     if num_rows >= batch or not rows_are_interchangeable(logits_fn, inputs, num_rows):
         num_rows = batch
-    few = jax.ShapeDtypeStruct((num_rows,) + inputs.shape[1:], inputs.dtype)
-    apply_fn, closure = hoist(logits_fn, few)
-    return apply_fn, closure, options._replace(rows_per_turn=num_rows)
+    last_rows = num_rows if num_rows == batch else max(1, num_rows // LAST_TURN_SHARE)
+    shapes = [jax.ShapeDtypeStruct((rows, *inputs.shape[1:]), inputs.dtype) for rows in {num_rows, last_rows}]
+    apply_fn, closure = hoist(logits_fn, *shapes)
+    return apply_fn, closure, options._replace(rows_per_turn=num_rows, rows_per_last_turn=last_rows)
 
 
 def search(
@@ -202,8 +205,8 @@ def search(
     nobody = jnp.zeros(batch, bool)
     start = Search(jnp.zeros_like(problem.inputs), jnp.zeros(batch, jnp.int32), active, nobody, trace)
 
-    def turn(state: Search) -> Search:
-        rows, to = next_rows(jnp.where(state.active, options.num_steps - state.num_replayable, 0), options.rows_per_turn)
+    def turn(state: Search, num_rows: int) -> Search:
+        rows, to = next_rows(jnp.where(state.active, options.num_steps - state.num_replayable, 0), num_rows)
         part = jax.tree.map(lambda x: x[rows], problem)
         before, steps = state.perturbation[rows], state.num_replayable[rows]
         step, source, target = nearest_step(apply_fn, closure, clip(part.inputs + before, bounds), part, options)
@@ -220,7 +223,11 @@ def search(
             record_step(state.trace, steps, to, before, source, target) if record else None,
         )
 
-    return lax.while_loop(lambda state: jnp.any(state.active), turn, start)
+    few = options.rows_per_last_turn if options.rows_per_last_turn < options.rows_per_turn else 0
+    state = lax.while_loop(lambda s: jnp.sum(s.active) > few, lambda s: turn(s, options.rows_per_turn), start)
+    if few:
+        state = lax.while_loop(lambda s: jnp.any(s.active), lambda s: turn(s, few), state)
+    return state
 
 
 def record_step(trace: Trace, steps: Array, to: Array, before: Array, source: Array, target: Array) -> Trace:
