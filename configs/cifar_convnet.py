@@ -1,6 +1,8 @@
 """ConvNet on CIFAR-10, contrast-normalised and whitened, as in the paper's Table 3.
 
     python train.py --config configs/cifar_convnet.py --data_dir DIR
+
+The whole run was not made yet; benchmarks/README.md has the speed of its steps.
 """
 
 from configs import default
@@ -14,4 +16,5 @@ def get_config():
     config.reference.num_epochs = 40
     config.reference.learning_rate = 0.02
     config.fine_tuning.num_epochs = 50
+    config.fine_tuning.max_gradient_norm = 10.0
     return config

@@ -7,6 +7,7 @@ def get_config() -> ConfigDict:
     sgd = {
         "momentum": 0.9,  # of SGD, as in PyTorch
         "weight_decay": 5e-4,  # times the weights, added to the gradient; on all parameters
+        "max_gradient_norm": 0.0,  # shorten a longer gradient to this l2 norm; 0: never
         "max_steps": 0,  # end the stage after so many steps, to try it; 0: after its epochs
     }
     return ConfigDict(

@@ -1,6 +1,8 @@
 """MLP on MNIST, the mean image subtracted, as in the paper's Table 2.
 
     python train.py --config configs/mnist_mlp.py --data_dir DIR
+
+MNIST_TABLE
 """
 
 from configs import default

@@ -10,6 +10,8 @@ import pathlib
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
@@ -42,16 +44,16 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: State) -> State:
-        """The latest state, on this machine's first device wherever it was saved. FileNotFoundError if there is none.
+        """The latest state. `like` gives the tree, shapes and types. FileNotFoundError if there is none.
 
-        `like` gives the tree, shapes and types.
+        It is read as NumPy arrays, since the devices that it was saved from need not be here, and handed over as if it
+        had just been made: what is compiled for it is what was compiled before the interruption.
         """
         step = self.latest()
         if step is None:
             raise FileNotFoundError(f"There is no checkpoint in {self._manager.directory}.")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        arrays = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        return jax.tree.map(jnp.asarray, self._manager.restore(step, args=ocp.args.StandardRestore(arrays)))
 
     def close(self) -> None:
         """Waits until everything is written."""

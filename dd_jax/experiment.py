@@ -120,7 +120,12 @@ def make_optimizer(stage: Stage) -> Any:
     """SGD as the stage's settings have it."""
     settings = stage.settings
     schedule = training.SCHEDULES[settings.schedule](settings.learning_rate, stage.num_steps)
-    return training.make_optimizer(schedule, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return training.make_optimizer(
+        schedule,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        max_gradient_norm=settings.max_gradient_norm,
+    )
 
 
 def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:

@@ -18,9 +18,10 @@ def like(inputs):
 
 def test_hoisted_function_is_the_function_and_names_what_it_closes_over():
     column = jnp.array([1, 0])
-    apply_fn, closure = hoist(lambda x: jnp.tanh(x @ W)[:, column] + 2.0, like(INPUTS))
+    apply_fn, closure = hoist(lambda x: jnp.tanh(x @ W)[:, column] + 2.0, like(INPUTS), like(INPUTS[:3]))
     np.testing.assert_array_equal(apply_fn(closure, INPUTS), jnp.tanh(INPUTS @ W)[:, ::-1] + 2.0)
-    assert [p.shape for p in closure.parameters] == [W.shape]
+    np.testing.assert_array_equal(apply_fn(closure, INPUTS[5:]), jnp.tanh(INPUTS[5:] @ W)[:, ::-1] + 2.0)
+    assert [p.shape for p in closure.parameters] == [W.shape], "one for both numbers of rows"
     assert all(not jnp.issubdtype(c.dtype, jnp.inexact) for c in closure.constants)
     other = closure._replace(parameters=(2 * W,))
     np.testing.assert_array_equal(apply_fn(other, INPUTS), jnp.tanh(INPUTS @ (2 * W))[:, ::-1] + 2.0)
@@ -56,10 +57,10 @@ NETS = (in_scan, in_vmap, convolution, lambda w: jax.jit(lambda x: jnp.sin(x @ w
 @pytest.mark.parametrize("make", NETS)
 def test_gradients_reach_what_is_closed_over(make):
     def through_hoist(w):
-        apply_fn, closure = hoist(make(w), like(INPUTS))
-        return (apply_fn(closure, INPUTS) ** 2).sum()
+        apply_fn, closure = hoist(make(w), like(INPUTS), like(INPUTS[:3]))
+        return (apply_fn(closure, INPUTS) ** 2).sum() + (apply_fn(closure, INPUTS[:3]) ** 3).sum()
 
-    expected = jax.grad(lambda w: (make(w)(INPUTS) ** 2).sum())(W)
+    expected = jax.grad(lambda w: (make(w)(INPUTS) ** 2).sum() + (make(w)(INPUTS[:3]) ** 3).sum())(W)
     np.testing.assert_allclose(jax.jit(jax.grad(through_hoist))(W), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -215,7 +215,10 @@ def test_order_and_company_do_not_matter(short_turns, x64):
     assert_same(rows(attack(NET, company), slice(9)), rows(plain_result("float64"), order), rtol=1e-11)
 
 
-@pytest.mark.parametrize("turns, smallest, expected", [(2, 1, {9, 5, 1}), (9, 1, {9, 1}), (9, 7, {9, 7, 2}), (1, 100, {9})])
+QUEUES = [(2, 1, {9, 5, 1}), (9, 1, {9, 1}), (9, 7, {9, 7, 2}), (1, 100, {9})]
+
+
+@pytest.mark.parametrize("turns, smallest, expected", QUEUES)
 def test_the_work_queue_does_not_show(turns, smallest, expected, monkeypatch, x64):
     whole = plain_result("float64")
     monkeypatch.setitem(module.TURNS_PER_BATCH, "cpu", turns)

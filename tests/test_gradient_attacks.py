@@ -10,12 +10,12 @@ import pytest
 from test_deepfool import NORMS, affine, affine_net, assert_same, mlp, rows
 
 from dd_jax.attacks import fgsm, fgsm_success_curve, minimal_fgsm, pgd
-from dd_jax.norms import lp_norm, project, sample_in_ball, steepest_direction
+from dd_jax.norms import project, sample_in_ball, steepest_direction
 from dd_jax.types import AttackResult
 
 INPUTS = jax.random.normal(jax.random.key(1), (9, 6))
 NET = mlp(jax.random.key(2))
-PREDICTED = jnp.argmax(NET(INPUTS), axis=1)
+PREDICTED = np.argmax(NET(INPUTS), axis=1)
 KEY = jax.random.key(3)
 STEPS = dict(epsilon=0.5, step_size=0.1, num_steps=8)
 FGSM, PGD, MINIMAL = partial(fgsm, epsilon=0.3), partial(pgd, **STEPS), partial(minimal_fgsm, max_epsilon=5.0)
@@ -33,8 +33,14 @@ def compiled(attack, logits_fn, **options):
 
 
 def call(attack, logits_fn, inputs, labels=None, **options):
-    """The attack compiled as a whole: quicker than step by step, and once for all tests that share it."""
-    return compiled(attack, logits_fn, **options)(inputs, labels)
+    """The attack compiled as a whole, once for all tests that share it; NumPy arrays, which compile no more."""
+    return jax.tree.map(np.asarray, compiled(attack, logits_fn, **options)(inputs, labels))
+
+
+def length(perturbation, norm):
+    """||D||_p per example, in float64."""
+    flat = np.asarray(perturbation, np.float64).reshape(len(perturbation), -1)
+    return np.abs(flat).max(axis=1) if norm == "linf" else np.linalg.norm(flat, axis=1)
 
 
 def ascent(logits_fn, inputs, labels, norm):
@@ -48,25 +54,20 @@ def ascent(logits_fn, inputs, labels, norm):
 
 def plain_pgd(logits_fn, inputs, labels, *, epsilon, step_size, num_steps, norm, bounds=None, freeze=True):
     """PGD as it is written down, every example in every step."""
-    perturbation, steps = np.zeros(inputs.shape), np.zeros(len(labels), int)
+    inputs, perturbation, steps = np.asarray(inputs), np.zeros(inputs.shape), np.zeros(len(labels), int)
     for _ in range(num_steps):
-        right = np.asarray(jnp.argmax(logits_fn(inputs + perturbation), axis=1) == labels)
-        moves = right | (not freeze)
+        moves = (np.argmax(logits_fn(inputs + perturbation), axis=1) == labels) | (not freeze)
         after = perturbation + step_size * ascent(logits_fn, inputs + perturbation, labels, norm)
         size = np.linalg.norm(after, axis=1, keepdims=True)
         after = np.clip(after, -epsilon, epsilon) if norm == "linf" else after * np.minimum(1, epsilon / size)
         if bounds is not None:
             after = np.clip(inputs + after, *bounds) - inputs
         perturbation, steps = np.where(moves[:, None], after, perturbation), steps + moves
-    success = np.asarray(jnp.argmax(logits_fn(inputs + perturbation), axis=1) != labels)
+    success = np.argmax(logits_fn(inputs + perturbation), axis=1) != labels
     return AttackResult(perturbation, success, steps)
 
 
-def plain_result():
-    return call(PGD, NET, INPUTS, PREDICTED)
-
-
-@pytest.mark.parametrize("shape, num_classes", [((6, 7), 2), ((4, 3, 4), 3), ((2, 2, 3, 2), 7)])
+@pytest.mark.parametrize("shape, num_classes", [((6, 7), 2), ((4, 2, 3, 2), 7)])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("bounds", [None, (-0.9, 0.8)])
 def test_fgsm_on_affine_nets(shape, num_classes, norm, bounds, x64):
@@ -88,9 +89,10 @@ def test_fgsm_on_affine_nets(shape, num_classes, norm, bounds, x64):
     np.testing.assert_array_equal(found.success, after != labels)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("bounds", [None, (-0.7, 0.7)])
+@pytest.mark.parametrize(
+    "norm, freeze, bounds",
+    [("linf", True, None), ("l2", True, (-0.7, 0.7)), ("linf", False, (-0.7, 0.7)), ("l2", False, None)],
+)
 def test_pgd_is_the_plain_loop(norm, freeze, bounds, short_turns, x64):
     inputs, options = INPUTS.astype(float), STEPS | dict(norm=norm, freeze=freeze, bounds=bounds)
     inputs = inputs if bounds is None else jnp.clip(inputs, *bounds)
@@ -104,24 +106,23 @@ def test_pgd_is_the_plain_loop(norm, freeze, bounds, short_turns, x64):
         assert found.success[4] and found.num_steps[4] == 0 and not found.perturbation[4].any()
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("bounds", [None, (-1.0, 1.1)])
+@pytest.mark.parametrize("norm, bounds", [("linf", None), ("l2", (-1.0, 1.1))])
 def test_pgd_with_one_step_is_fgsm(norm, bounds):
     one = call(pgd, NET, INPUTS, epsilon=0.3, step_size=0.3, num_steps=1, norm=norm, bounds=bounds)
     jax.tree.map(np.testing.assert_array_equal, one, call(fgsm, NET, INPUTS, epsilon=0.3, norm=norm, bounds=bounds))
     assert one.success.any() and not one.success.all()
 
 
-@pytest.mark.parametrize("size, norm", [(1, "l2"), (7, "l2"), (3072, "l2"), (7, "linf")])
+@pytest.mark.parametrize("size, norm", [(1, "l2"), (3072, "l2"), (7, "linf")])
 def test_pgd_never_leaves_its_ball(size, norm):
     weights = jax.random.normal(jax.random.key(4), (size, 3))
     net = lambda x: jnp.sin(x @ weights)
-    options = dict(num_steps=7, norm=norm, freeze=False, key=KEY)
+    options = dict(num_steps=7, norm=norm, freeze=False)
 
     @jax.jit
     def attack(inputs, epsilons, upper):
-        """Steps that are shorter than the ball, from within, and steps that are longer."""
-        small = pgd(net, inputs, epsilon=epsilons, step_size=epsilons / 3, **options)
+        """Steps that are shorter than the ball, from its inside, and steps that are longer."""
+        small = pgd(net, inputs, epsilon=epsilons, step_size=epsilons / 3, key=KEY, **options)
         large = pgd(net, inputs, epsilon=epsilons, step_size=2 * epsilons, bounds=(0.0, upper), **options)
         return small.perturbation, large.perturbation
 
@@ -129,25 +130,23 @@ def test_pgd_never_leaves_its_ball(size, norm):
         inputs = scale * jax.random.uniform(jax.random.key(size), (16, size), minval=0.1)
         epsilons = scale * jnp.geomspace(1e-4, 1.0, 16)
         for perturbation in attack(inputs, epsilons, jnp.array(scale)):
-            perturbation = np.asarray(perturbation, np.float64)
-            sizes = np.abs(perturbation).max(axis=1) if norm == "linf" else np.linalg.norm(perturbation, axis=1)
-            assert (sizes <= np.asarray(epsilons, np.float64)).all()
-            assert np.isclose(sizes, epsilons, rtol=1e-4).any(), "no step was cut"
+            lengths = length(perturbation, norm)
+            assert (lengths <= np.asarray(epsilons, np.float64)).all()
+            assert np.isclose(lengths, epsilons, rtol=1e-4).any(), "no step was cut"
         assert (inputs + perturbation >= -1e-6 * scale).all() and (inputs + perturbation <= scale * (1 + 1e-6)).all()
 
 
 def test_frozen_examples_do_not_change():
-    for limit in (1, 3):
-        found = call(pgd, NET, INPUTS, **(STEPS | dict(num_steps=limit)))
-        done = plain_result().success & (plain_result().num_steps <= limit)
-        np.testing.assert_array_equal(found.success, done)
-        np.testing.assert_array_equal(found.perturbation[done], plain_result().perturbation[done])
-        assert (found.num_steps[~done] == limit).all()
+    found, longer = call(pgd, NET, INPUTS, PREDICTED, **(STEPS | dict(num_steps=3))), call(PGD, NET, INPUTS, PREDICTED)
+    done = longer.success & (longer.num_steps <= 3)
     assert done.any() and not done.all()
+    np.testing.assert_array_equal(found.success, done)
+    np.testing.assert_array_equal(found.perturbation[done], longer.perturbation[done])
+    assert (found.num_steps[~done] == 3).all()
 
 
 def test_misclassified_examples_are_done_unless_all_are_to_be_attacked():
-    labels = jnp.where(jnp.arange(9) % 2 == 0, PREDICTED, (PREDICTED + 1) % 4)
+    labels = np.where(np.arange(9) % 2 == 0, PREDICTED, (PREDICTED + 1) % 4)
     for attack in ATTACKS:
         found, from_predicted = call(attack, NET, INPUTS, labels), call(attack, NET, INPUTS, PREDICTED)
         assert not found.perturbation[1::2].any() and found.success[1::2].all() and not found.num_steps[1::2].any()
@@ -160,23 +159,21 @@ def test_misclassified_examples_are_done_unless_all_are_to_be_attacked():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_random_start_fills_the_ball_and_is_an_examples_own(norm):
-    inputs, radius = jnp.zeros((400, 2, 3)), jnp.linspace(1.0, 3.0, 400)
-    sample = jax.jit(partial(sample_in_ball, norm=norm))
-    drawn = sample(KEY, inputs, radius)
-    shares = np.asarray(lp_norm(drawn, norm) / radius)
+    radius = np.linspace(1, 3, 400)
+    drawn = jax.jit(partial(sample_in_ball, norm=norm))(KEY, jnp.zeros((400, 6)), jnp.array(radius, jnp.float32))
+    shares = length(drawn, norm) / radius
     assert shares.max() <= 1
     for share in (0.8, 0.9, 0.95):  # A smaller ball has share**6 of the volume.
         assert (shares < share).mean() == pytest.approx(share**6, abs=0.07)
-    assert np.abs(np.mean(drawn / radius.reshape(-1, 1, 1), axis=0)).max() < 0.1
-    np.testing.assert_allclose(sample(KEY, inputs[:5], radius[:5]), drawn[:5], rtol=1e-6)
+    assert np.abs(np.mean(drawn / radius[:, None], axis=0)).max() < 0.1
 
-    start = jax.jit(
-        lambda key, labels: pgd(NET, INPUTS, labels, epsilon=0.5, step_size=0.0, num_steps=1, norm=norm, key=key)
-    )
-    found, other = (start(key, PREDICTED.at[0].add(1) % 4) for key in (KEY, jax.random.key(4)))  # steps of length 0
-    np.testing.assert_allclose(found.perturbation[1:], sample(KEY, INPUTS, jnp.full(9, 0.5))[1:], rtol=1e-6)
-    assert (other.perturbation != found.perturbation)[1:].any(axis=1).all()
-    assert not found.perturbation[0].any() and found.success[0], "what is misclassified already needs no start"
+    one_step = dict(epsilon=0.5, step_size=0.0, num_steps=1, norm=norm)  # of length 0: it shows the start
+    start = jax.jit(lambda key, labels: pgd(NET, INPUTS, labels, key=key, **one_step))
+    labels = np.where(np.arange(9) == 0, PREDICTED + 1, PREDICTED) % 4
+    found, other = (np.asarray(start(key, labels).perturbation) for key in (KEY, jax.random.key(4)))
+    np.testing.assert_allclose(found[1:], 0.5 * (drawn / radius[:, None])[1:9], rtol=1e-4)
+    assert (other != found)[1:].any(axis=1).all()
+    assert not found[0].any(), "what is misclassified already needs no start"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -196,8 +193,8 @@ def test_epsilon_may_differ_from_example_to_example():
     one = jax.jit(lambda x, epsilon: fgsm(NET, x, epsilon=epsilon))
     found = one(INPUTS, epsilons)
     alone = [one(INPUTS[i : i + 1], epsilons[i]) for i in range(9)]
-    assert_same(found, jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone))
-    np.testing.assert_allclose(lp_norm(found.perturbation, "linf"), epsilons, rtol=1e-6)
+    assert_same(found, jax.tree.map(lambda *rows: np.concatenate(rows), *alone))
+    np.testing.assert_allclose(length(found.perturbation, "linf"), epsilons, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e-30])
@@ -212,7 +209,7 @@ def test_the_direction_survives_saturated_and_tiny_logits(scale):
 
 
 def test_dead_nets_and_what_is_not_finite_stay_where_they_are():
-    others = jnp.array([0, 1, 2, 4, 5, 6, 7, 8])
+    others = np.array([0, 1, 2, 4, 5, 6, 7, 8])
     for attack in ATTACKS:
         found = call(attack, dead, INPUTS, jnp.ones(9, int))
         assert not found.perturbation.any() and not found.success.any() and (found.num_steps > 0).all()
@@ -238,7 +235,7 @@ def test_minimal_fgsm_on_affine_nets(norm, x64):
     coarse = call(
         minimal_fgsm, affine(weights, biases), jnp.array(inputs), max_epsilon=20.0, norm=norm, num_bisections=0
     )
-    ratio = lp_norm(coarse.perturbation, norm) / epsilons
+    ratio = length(coarse.perturbation, norm) / epsilons
     assert (ratio >= 1).all() and (ratio <= 1000 ** (1 / 29)).all() and (ratio > 1.01).any()
 
 
@@ -258,17 +255,17 @@ def test_minimal_fgsm_where_success_comes_and_goes_or_never_comes():
 def test_minimal_fgsm_and_the_success_curve_agree_with_fgsm():
     bounds = (-2.0, 2.0)
     inputs = jnp.clip(INPUTS, *bounds)
-    labels = jnp.argmax(NET(inputs), axis=1).at[0].add(1) % 4
+    labels = jnp.argmax(NET(inputs), axis=1)
+    labels = jnp.where(jnp.arange(9) == 0, labels + 1, labels) % 4
     found = call(minimal_fgsm, NET, inputs, labels, max_epsilon=2.0, bounds=bounds)
-    epsilons = jnp.where(found.num_steps == 1, lp_norm(found.perturbation, "linf"), 0.0)
-    again = call(fgsm, NET, inputs, labels, epsilon=epsilons, bounds=bounds)
-    assert found.success[1:].any() and again.success[found.success].all()
-    grid = jnp.array([0.4, 0.0, 0.1, 0.9])
-    curve = call(fgsm_success_curve, NET, inputs, labels, epsilons=grid, bounds=bounds)
+    epsilons = np.where(found.num_steps == 1, length(found.perturbation, "linf"), 0).astype(np.float32)
+    at = jax.jit(lambda epsilon: fgsm(NET, inputs, labels, epsilon=epsilon, bounds=bounds).success)
+    assert found.success[1:].any() and at(jnp.array(epsilons))[found.success].all()
+    grid = (0.4, 0.0, 0.1, 0.9)
+    curve = jax.jit(partial(fgsm_success_curve, NET, epsilons=grid, bounds=bounds))(inputs, labels)
     assert curve.shape == (4, 9) and curve[:, 0].all() and not curve[1, 1:].any() and curve[3, 1:].any()
-    one = jax.jit(lambda epsilon: fgsm(NET, inputs, labels, epsilon=epsilon, bounds=bounds).success)
     for epsilon, success in zip(grid, curve, strict=True):
-        np.testing.assert_array_equal(success, one(epsilon))
+        np.testing.assert_array_equal(success, at(jnp.full(9, epsilon)))
 
 
 @pytest.mark.parametrize("attack", [PGD, partial(PGD, norm="l2"), MINIMAL])
@@ -277,16 +274,17 @@ def test_order_and_company_do_not_matter(attack, short_turns, x64):
     company = jnp.concatenate([inputs[order], jnp.zeros((4, 6)), 50 * inputs[:3]])
     whole = call(attack, NET, inputs)
     assert_same(rows(call(attack, NET, company), slice(9)), rows(whole, order), rtol=1e-10)
+    if attack is not PGD:
+        return  # The others share its loop, or have none; compiling takes a while.
     one = jax.jit(partial(attack, NET))
-    alone = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(one(inputs[i : i + 1]) for i in range(9)))
+    alone = jax.tree.map(lambda *rows: np.concatenate(rows), *(one(inputs[i : i + 1]) for i in range(9)))
     assert_same(alone, whole, rtol=1e-10)
 
 
-def test_eager_vmap_and_pmap_agree_with_jit(x64):
+def test_vmap_and_pmap_agree_with_jit(x64):
     inputs = INPUTS[:8].astype(float)
     attack = partial(pgd, NET, **STEPS)
     expected = jax.jit(attack)(inputs)
-    assert_same(attack(inputs), expected, rtol=1e-10)
     for transform in (jax.vmap, jax.pmap):
         halves = transform(attack)(inputs.reshape(2, 4, 6))
         assert_same(jax.tree.map(lambda x: x.reshape((8,) + x.shape[2:]), halves), expected, rtol=1e-10)

@@ -45,7 +45,8 @@ def test_a_report_says_what_was_measured_and_with_what(parts):
     assert (report["model"], report["defense"], report["seed"]) == ("mlp", "deep_defense", 17)
     assert report["data"].startswith("digits (scikit-learn, 8x8x1 enlarged to 28x28x1; first 200 of 1437 train images;")
     assert report["input_space"] == "none (pixels as they are; 0..255 becomes 0..1)"
-    assert report["config"] == configuration.flatten(parts.config) and report["config"]["defense.correct_scale"] == 10.0
+    assert report["config"]["fine_tuning.batch_size"] == parts.config.fine_tuning.batch_size
+    assert report["config"] == configuration.flatten(parts.config)
     assert f"({jax.default_backend()}, {jax.device_count()} device(s))" in report["device"]
     assert report["packages"]["jax"] == jax.__version__
     assert set(report["packages"]) == set(reports.PACKAGES) and report["python"].startswith("3.")

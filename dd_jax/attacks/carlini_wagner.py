@@ -35,12 +35,13 @@ from dd_jax.types import AttackResult, LogitsFn
 
 REACH = 2.0  # A pixel at its bound starts at 7 % of the speed of one in the middle. 1 and 3 were measured to be worse.
 FIRST_DECAY, SECOND_DECAY, OFFSET = 0.9, 0.999, 1e-8  # Adam's, as published.
-GROWTH = 10.0  # Of the constant and the learning rate, from run to run until an example is fooled.
+GROWTH = 10.0  # Of the constant, from run to run until an example is fooled.
 CHECKS_PER_RUN = 10  # How often a run is checked for progress, as in the authors' code,
 LEAST_PROGRESS = 1e-3  # and by which share the objective must have fallen in between.
 ROUNDING = 16  # Units of precision by which another class must win, lest it lose where the net is compiled otherwise.
 DOUBLINGS, HALVINGS = 24.0, 16  # How far, and how finely, the way through the box is searched.
-NEGLIGIBLE = 1e-6  # A distance, relative to the box, or a slope, relative to the steepest, that is taken for zero.
+SHORTEST = 1e-4  # Of d, relative to the box: with less the first steps would be lost in rounding.
+FLATTEST = 1e-6  # Of s_j, relative to the steepest.
 
 
 class Settings(NamedTuple):
@@ -63,6 +64,7 @@ class Problem(NamedTuple):
     origin: Float[Array, "batch ..."]  # w_0
     distance: Float[Array, " batch"]  # d
     slopes: Float[Array, "batch classes"]  # s_j
+    rate: Float[Array, " batch"]  # the learning rate that a run starts with
 
 
 class Run(NamedTuple):
@@ -94,7 +96,6 @@ class Attack(NamedTuple):
     constant: Float[Array, " batch"]  # c
     lower: Float[Array, " batch"]  # the largest constant that did not fool
     upper: Float[Array, " batch"]  # the smallest that did
-    rate: Float[Array, " batch"]
     num_runs: Int[Array, " batch"]
     num_steps: Int[Array, " batch"]
 
@@ -149,7 +150,7 @@ def carlini_wagner_l2(
     check_bounds(bounds, inputs)
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     labels, right = labels_to_leave(logits_fn, inputs, labels)
-    problem = make_problem(logits_fn, inputs, labels, bounds, confidence)
+    problem = make_problem(logits_fn, inputs, labels, bounds, settings)
     apply_fn, closure, options = hoist_for_search(logits_fn, inputs, Options("l2"))
     closure = jax.tree.map(lax.stop_gradient, closure)
 
@@ -179,7 +180,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"num_binary_search_steps is {settings.num_binary_search_steps}; it must be at least 1.")
 
 
-def make_problem(logits_fn: LogitsFn, inputs: Array, labels: Array, bounds: Bounds, confidence: float) -> Problem:
+def make_problem(logits_fn: LogitsFn, inputs: Array, labels: Array, bounds: Bounds, settings: Settings) -> Problem:
     """Places the inputs in the box and measures the linearised net there."""
     lower, upper = (jnp.broadcast_to(jnp.asarray(bound, inputs.dtype), inputs.shape) for bound in bounds)
     half_width = (upper - lower) / 2
@@ -190,7 +191,7 @@ def make_problem(logits_fn: LogitsFn, inputs: Array, labels: Array, bounds: Boun
     apply_fn, closure = hoist(logits_fn, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
     closure = jax.tree.map(lax.stop_gradient, closure)
     logits, pull_back = jax.vjp(lambda x: apply_fn(closure, x).astype(x.dtype), inputs)
-    leads = leads_of(logits, labels) + confidence
+    leads = leads_of(logits, labels) + settings.confidence
     one_hot = jnp.eye(logits.shape[-1], dtype=logits.dtype)
 
     def slope_towards(target: tuple[Array, Array]) -> Float[Array, " batch"]:
@@ -199,10 +200,12 @@ def make_problem(logits_fn: LogitsFn, inputs: Array, labels: Array, bounds: Boun
 
     slopes = lax.map(slope_towards, (one_hot, leads.T)).T  # One class at a time, as there may be many.
     steepest = jnp.max(slopes, axis=-1, keepdims=True)
-    slopes = jnp.where(steepest > 0, jnp.maximum(slopes, NEGLIGIBLE * steepest), 1)
+    slopes = jnp.where(steepest > 0, jnp.maximum(slopes, FLATTEST * steepest), 1)
     diagonal = lp_norm(2 * half_width, "l2")
-    distance = jnp.clip(jnp.min(leads / slopes, axis=-1), NEGLIGIBLE * diagonal, diagonal)
-    return Problem(inputs, labels, half_width, origin, distance, slopes)
+    distance = jnp.clip(jnp.min(leads / slopes, axis=-1), SHORTEST * diagonal, diagonal)
+    speed = lp_norm(half_width * (1 - jnp.square(jnp.tanh(origin))) / math.tanh(REACH), "l2")  # dD / dw
+    rate = jnp.minimum(settings.learning_rate, distance / jnp.where(speed > 0, speed, 1))
+    return Problem(inputs, labels, half_width, origin, distance, slopes, rate)
 
 
 def leads_of(logits: Float[Array, "rows classes"], labels: Int[Array, " rows"]) -> Float[Array, "rows classes"]:
@@ -225,7 +228,7 @@ def mean_slope(
     way = lambda doublings: jnp.clip(per_example(without_box * 2**doublings, gradient) * gradient, *room)
     gain = lambda part: jnp.sum((gradient * part).reshape(lead.size, -1), axis=-1)
 
-    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array | int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval
         middle = (low + high) / 2
         is_enough = gain(way(middle)) >= lead
@@ -240,12 +243,9 @@ def mean_slope(
 def first_state(problem: Problem, settings: Settings) -> Attack:
     """Before the first step."""
     zeros, none = jnp.zeros_like(problem.distance), jnp.zeros_like(problem.labels)
-    speed = problem.half_width * (1 - jnp.square(jnp.tanh(problem.origin))) / math.tanh(REACH)  # dD / dw at w_0
-    speed = lp_norm(speed, "l2")
-    rate = jnp.minimum(settings.learning_rate, problem.distance / jnp.where(speed > 0, speed, 1))
     best = Best(jnp.zeros_like(problem.inputs), zeros + jnp.inf, zeros + jnp.inf, none)
     constant = zeros + settings.initial_constant
-    return Attack(first_run(problem), best, constant, zeros, zeros + jnp.inf, rate, none, none)
+    return Attack(first_run(problem), best, constant, zeros, zeros + jnp.inf, none, none)
 
 
 def first_run(problem: Problem) -> Run:
@@ -273,7 +273,7 @@ def take_step(apply_fn: ApplyFn, closure: Closure, problem: Problem, state: Atta
     fools, num_steps = lead <= 0, state.num_steps + 1
     better = jnp.where(fools, size < best.size, (lead < best.lead) & jnp.isinf(best.size))
     noted = Best(perturbation, jnp.where(fools, size, jnp.inf), lead, num_steps)
-    run = adam(run, gradient, state.rate, settings.num_steps)
+    run = adam(run, gradient, problem.rate, settings.num_steps)
     run = run._replace(fooled=run.fooled | fools, lowest=jnp.minimum(run.lowest, value))
     return state._replace(run=run, best=choose(better, noted, best), num_steps=num_steps)
 
@@ -299,11 +299,10 @@ def end_run(state: Attack, problem: Problem, settings: Settings) -> Attack:
     over = (run.num_steps >= settings.num_steps) | (is_stuck & settings.abort_early)
     lower = jnp.where(over & ~run.fooled, state.constant, state.lower)
     upper = jnp.where(over & run.fooled, state.constant, state.upper)
-    grows = over & jnp.isinf(upper)
-    constant = jnp.where(grows, GROWTH * state.constant, jnp.where(over, (lower + upper) / 2, state.constant))
-    rate = jnp.where(grows, jnp.minimum(GROWTH * state.rate, settings.learning_rate), state.rate)
+    constant = jnp.where(jnp.isinf(upper), GROWTH * state.constant, (lower + upper) / 2)
+    constant = jnp.where(over, constant, state.constant)
     run, num_runs = choose(over, first_run(problem), run), state.num_runs + over
-    return Attack(run, state.best, constant, lower, upper, rate, num_runs, state.num_steps)
+    return Attack(run, state.best, constant, lower, upper, num_runs, state.num_steps)
 
 
 def choose(condition: Bool[Array, " rows"], new: tuple, old: tuple) -> tuple:

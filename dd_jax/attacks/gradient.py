@@ -244,7 +244,7 @@ def fgsm_success_curve(
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
-    if len(jnp.shape(epsilons)) != 1 or is_known(lambda: jnp.any(~(jnp.asarray(epsilons) >= 0))):
+    if jnp.asarray(epsilons).ndim != 1 or is_known(lambda: jnp.any(~(jnp.asarray(epsilons) >= 0))):
         raise ValueError(f"epsilons must be a vector of numbers, each 0 or more; got {epsilons}.")
     right, _, fooled_at = fgsm_line(logits_fn, inputs, labels, norm, bounds)
     every = lambda epsilon: fooled_at(jnp.broadcast_to(epsilon, right.shape))
