@@ -1,6 +1,6 @@
 """Measures a finished run again, from its checkpoints.
 
-    python evaluate.py --workdir runs/digits_mlp [--data_dir DIR]
+python evaluate.py --workdir runs/digits_mlp [--data_dir DIR]
 """
 
 import pathlib

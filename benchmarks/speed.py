@@ -176,7 +176,9 @@ def tables(results: list[dict[str, Any]]) -> str:
                 )
     for net in results:
         for quantity, seconds in net.get("growth", {}).items():
-            lines.append(f"{net['net']}, seconds by {quantity}: " + ", ".join(f"{n}: {s:.3f}" for n, s in seconds.items()))
+            lines.append(
+                f"{net['net']}, seconds by {quantity}: " + ", ".join(f"{n}: {s:.3f}" for n, s in seconds.items())
+            )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """LeNet on scikit-learn's digits, enlarged to 28x28: no download.
 
-    python train.py --config configs/digits_lenet.py
+python train.py --config configs/digits_lenet.py
 """
 
 from configs import digits_mlp

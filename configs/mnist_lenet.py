@@ -1,6 +1,6 @@
 """LeNet on MNIST, the mean image subtracted, as in the paper's Table 2.
 
-    python train.py --config configs/mnist_lenet.py --data_dir DIR
+python train.py --config configs/mnist_lenet.py --data_dir DIR
 """
 
 from configs import mnist_mlp

@@ -67,7 +67,9 @@ def _input_gradient(kernel: Array, cotangent: Array, padding: Padding) -> Array:
     # The barriers keep XLA from folding the transposition back into the slow form.
     flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
     sizes = kernel.shape[:2]
-    return convolution(cotangent, flipped, tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True)))
+    return convolution(
+        cotangent, flipped, tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True))
+    )
 
 
 def _kernel_gradient(x: Array, cotangent: Array, padding: Padding, shape: tuple[int, ...]) -> Array:
@@ -94,14 +96,19 @@ def strided_convolution(x: Array, kernel: Array, strides: tuple[int, int], paddi
     if strides == (1, 1):
         return convolution(x, kernel, padding)
     (down, across), (rows, columns) = strides, kernel.shape[:2]
-    counts = [(n + lo + hi - k) // s + 1 for n, (lo, hi), k, s in zip(x.shape[1:3], padding, (rows, columns), strides, strict=True)]
+    counts = [
+        (n + lo + hi - k) // s + 1
+        for n, (lo, hi), k, s in zip(x.shape[1:3], padding, (rows, columns), strides, strict=True)
+    ]
     blocks = -(-rows // down), -(-columns // across)
     sizes = [(count + block - 1) * s for count, block, s in zip(counts, blocks, strides, strict=True)]
     ends = [size - n - lo for size, n, (lo, _) in zip(sizes, x.shape[1:3], padding, strict=True)]
     edges = [(0, 0, 0), (padding[0][0], ends[0], 0), (padding[1][0], ends[1], 0), (0, 0, 0)]
     x = _space_to_depth(lax.pad(x, jnp.zeros((), x.dtype), edges), down, across)
     filled = jnp.pad(kernel, ((0, blocks[0] * down - rows), (0, blocks[1] * across - columns), (0, 0), (0, 0)))
-    return convolution(x, _space_to_depth(filled.transpose(3, 0, 1, 2), down, across).transpose(1, 2, 3, 0), ((0, 0), (0, 0)))
+    return convolution(
+        x, _space_to_depth(filled.transpose(3, 0, 1, 2), down, across).transpose(1, 2, 3, 0), ((0, 0), (0, 0))
+    )
 
 
 def _space_to_depth(x: Array, down: int, across: int) -> Array:

@@ -88,7 +88,13 @@ def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
     windowed = [axis for axis, size in enumerate(params["window_dimensions"]) if size > 1]
     shapes = {(params["window_dimensions"][axis], params["window_strides"][axis]) for axis in windowed}
     dilations = set(params["base_dilation"]) | set(params["window_dilation"])
-    if x.ndim != 4 or len(windowed) != 2 or len(shapes) != 1 or dilations != {1} or not jnp.issubdtype(x.dtype, jnp.floating):
+    if (
+        x.ndim != 4
+        or len(windowed) != 2
+        or len(shapes) != 1
+        or dilations != {1}
+        or not jnp.issubdtype(x.dtype, jnp.floating)
+    ):
         return None
     others = [axis for axis in range(4) if axis not in windowed]
     if any(params["window_strides"][axis] != 1 or params["padding"][axis] != (0, 0) for axis in others):

@@ -14,7 +14,9 @@ FLAGS = {
     # for few channels, and not those that have elementwise neighbours, which is where it pays.
     "--xla_cpu_experimental_ynn_fusion_type": "dot,eltwise,reduce",
 }
-KNOWN_VERSIONS = ("0.10.2",)  # Of jaxlib. XLA aborts the process on a flag that it does not know, so this is a list, not a range.
+KNOWN_VERSIONS = (
+    "0.10.2",
+)  # Of jaxlib. XLA aborts the process on a flag that it does not know, so this is a list, not a range.
 
 
 def flags_to_add(jaxlib_version: str, present: str) -> list[str]:

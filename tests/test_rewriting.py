@@ -43,7 +43,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
         if self.convolution:
-            x = nn.Conv(**{"features": 6, "kernel_size": (5, 5), "dtype": x.dtype, "name": "conv", **dict(self.convolution)})(x)
+            x = nn.Conv(
+                **{"features": 6, "kernel_size": (5, 5), "dtype": x.dtype, "name": "conv", **dict(self.convolution)}
+            )(x)
         if self.pooling:
             x = nn.max_pool(x, **dict(self.pooling))
         x = jnp.tanh(x).reshape(x.shape[0], -1)
@@ -95,7 +97,9 @@ def test_poolings_are_the_same(name, images):
 def primitives(jaxpr):
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from primitives(inner)

@@ -164,7 +164,9 @@ def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], label
             f"{inputs.shape}; it returned {logits.shape}. Flatten the output and keep the batch axis first."
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits_fn must return floating logits; it returned {logits.dtype}. Class numbers have no gradient.")
+        raise ValueError(
+            f"logits_fn must return floating logits; it returned {logits.dtype}. Class numbers have no gradient."
+        )
     return logits
 
 

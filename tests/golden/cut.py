@@ -25,9 +25,8 @@ def cut_attack_vectors(source: pathlib.Path, name: str) -> None:
         if key.startswith("param/"):
             kept[key] = value.astype(np.float16)
             assert np.array_equal(kept[key].astype(value.dtype), value), f"{key} is not float16-representable"
-        elif key.startswith(KEPT) and key not in DROPPED:
-            if not key.startswith("grad/") or value.size <= LARGEST_GRADIENT:
-                kept[key] = value
+        elif key.startswith(KEPT) and key not in DROPPED and (value.size <= LARGEST_GRADIENT or "grad/" not in key):
+            kept[key] = value
     np.savez_compressed(HERE / f"{name}.npz", **kept)
 
 
