@@ -1,6 +1,8 @@
 """LeNet on MNIST, the mean image subtracted, as in the paper's Table 2.
 
-python train.py --config configs/mnist_lenet.py --data_dir DIR
+    python train.py --config configs/mnist_lenet.py --data_dir DIR
+
+The whole run was not measured yet.
 """
 
 from configs import mnist_mlp

@@ -19,6 +19,8 @@ from dd_jax import data
 from dd_jax.data import __main__ as downloads
 from dd_jax.data import preprocessing
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # What the package itself says of wrong arguments.
+
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 

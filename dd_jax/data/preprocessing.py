@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from dd_jax.data.sources import Images
 
-Inputs = Float32[np.ndarray, "n h w c"]
+Inputs = Float32[np.ndarray, "_ _ _ _"]
 
 DESCRIPTIONS = {
     "none": "pixels as they are",

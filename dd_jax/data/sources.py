@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-Images = UInt8[np.ndarray, "n h w c"]
+Images = UInt8[np.ndarray, "_ _ _ _"]
 Labels = Int32[np.ndarray, " n"]
 ImageShape = tuple[int, int, int]
 
