@@ -38,7 +38,7 @@ import dd_jax  # noqa: E402
 from dd_jax import configuration, experiment, training  # noqa: E402
 
 CONFIGS = {"mlp": "mnist_mlp", "lenet": "mnist_lenet", "convnet": "cifar_convnet", "nin": "cifar_nin"}
-TRAINING_STEPS = {"mlp": 1200, "lenet": 1200, "convnet": 1500, "nin": 150}
+TRAINING_STEPS = {"mlp": 1200, "lenet": 1200, "convnet": 600, "nin": 150}
 BATCHES = {"mlp": (100,), "lenet": (100,), "convnet": (100,), "nin": (20, 100)}
 FOOLBOX_IMAGES = {"mlp": 100, "lenet": 100, "convnet": 100, "nin": 20}
 PARTS = ("step", "deepfool", "growth")

@@ -136,7 +136,8 @@ def stay_within(
     if bounds is None:
         return perturbation
     lower, upper = (_like_one(bound, inputs) for bound in bounds)
-    return jnp.clip(perturbation, jnp.minimum(lower - inputs, 0), jnp.maximum(upper - inputs, 0))
+    lowest = jnp.where(inputs > lower, lower - inputs, 0)  # 0 also where the input is not a number
+    return jnp.clip(perturbation, lowest, jnp.where(inputs < upper, upper - inputs, 0))
 
 
 def is_known(condition: Callable[[], Array]) -> bool:

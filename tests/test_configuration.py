@@ -57,7 +57,8 @@ def test_every_file_names_its_command(path):
     command = f"python train.py --config configs/{path.name}"
     if config.data.name != "digits":
         command += " --data_dir DIR"
-    assert text.startswith('"""') and f"\n    {command}\n" in text.split('"""')[1]
+    docstring = text.removeprefix('"""').split('"""')[0]
+    assert text.startswith('"""') and command in [line.strip() for line in docstring.splitlines()]
 
 
 def test_the_default_describes_every_field_and_every_choice():

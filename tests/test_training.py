@@ -80,27 +80,36 @@ def half_square(logits_fn, inputs, labels):
     return error**2 / 2, {"error": error}
 
 
-@pytest.mark.parametrize("momentum, weight_decay", [(0.9, 0.1), (0.0, 0.1), (0.9, 0.0)])
-def test_sgd_is_pytorchs(momentum, weight_decay):
-    """g = gradient + wd p;  v = momentum v + g;  p = p - rate v, on a quadratic, through a change of the rate."""
+@pytest.mark.parametrize("momentum, weight_decay, longest", [(0.9, 0.1, 0.0), (0.0, 0.1, 0.0), (0.9, 0.0, 1.5)])
+def test_sgd_is_pytorchs(momentum, weight_decay, longest):
+    """g = gradient + wd p;  v = momentum v + g;  p = p - rate v, on a quadratic, through a change of the rate.
+
+    With a longest norm (0: none) PyTorch's clip_grad_norm_ comes before.
+    """
     num_steps, rate = 6, 0.05
     schedule = training.halved_at_four_fifths(rate, num_steps)
-    optimizer = training.make_optimizer(schedule, momentum=momentum, weight_decay=weight_decay)
+    optimizer = training.make_optimizer(
+        schedule, momentum=momentum, weight_decay=weight_decay, max_gradient_norm=longest
+    )
     kernel, bias = random.normal(size=(6, 1)).astype(np.float32), np.float32([0.7])
     state = training.fresh_state(optimizer, {"fc": {"kernel": jnp.array(kernel), "bias": jnp.array(bias)}}, {})
     state, measured = train(Affine(), optimizer, half_square, num_steps, state=state)
 
     x = np.concatenate([BATCH["image"].reshape(6, -1), np.ones((6, 1))], axis=1).astype(np.float64)
-    p, v, losses = np.concatenate([kernel[:, 0], bias]).astype(np.float64), 0, []
+    p, v, losses, norms = np.concatenate([kernel[:, 0], bias]).astype(np.float64), 0, [], []
     for step in range(num_steps):
         error = x @ p - BATCH["label"]
         losses.append(np.mean(error**2) / 2)
-        v = momentum * v + x.T @ error / len(error) + weight_decay * p
+        gradient = x.T @ error / len(error)
+        norms.append(np.linalg.norm(gradient))
+        gradient *= min(1, longest / norms[-1]) if longest else 1
+        v = momentum * v + gradient + weight_decay * p
         p = p - (rate if step < 4 else rate / 2) * v
     np.testing.assert_allclose(state.params["fc"]["kernel"][:, 0], p[:-1], rtol=1e-5)
     np.testing.assert_allclose(state.params["fc"]["bias"], p[-1:], rtol=1e-5)  # Decays as well.
     np.testing.assert_allclose([values["loss"] for values in measured], losses, rtol=1e-5)
     assert int(state.step) == num_steps
+    assert not longest or min(norms) < longest < max(norms)  # Some of the gradients were shortened.
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 12, 35, 70, 300, 3000])
