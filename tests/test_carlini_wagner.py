@@ -168,7 +168,6 @@ def test_misclassified_examples_are_done_and_cost_nothing():
     assert not never.perturbation.any() and never.success.all() and not never.num_steps.any()
 
 
-@pytest.mark.xfail(reason="an infinite input still gets a perturbation that is not finite (issue 4)", strict=False)
 def test_what_is_not_finite_does_not_spread():
     strange, others = np.array([3, 5]), np.array([0, 1, 2, 4, 6, 7, 8])
     inputs = INPUTS.at[3].set(jnp.inf).at[5].set(jnp.nan)
