@@ -116,12 +116,10 @@ def check_bounds(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> No
         return
     if len(bounds) != 2:
         raise ValueError(f"bounds must be a pair (lower, upper); got {len(bounds)} of them.")
-    for bound in bounds:
-        if jnp.broadcast_shapes(jnp.shape(bound), inputs.shape[1:]) != inputs.shape[1:]:
-            raise ValueError(
-                f"a bound must be a number or broadcast to the shape of one example, {inputs.shape[1:]}; got "
-                f"{jnp.shape(bound)}."
-            )
+    one = inputs.shape[1:]
+    for shape in map(jnp.shape, bounds):
+        if len(shape) > len(one) or any(n not in (1, m) for n, m in zip(shape[::-1], one[::-1], strict=False)):
+            raise ValueError(f"a bound must be a number or broadcast to the shape of one example, {one}; got {shape}.")
     if is_known(lambda: jnp.any(~(_like_one(bounds[0], inputs) <= _like_one(bounds[1], inputs)))):
         raise ValueError(f"bounds are {bounds[0]} and {bounds[1]}; the first must nowhere exceed the second.")
 

@@ -315,6 +315,7 @@ WRONG_CALLS = {
     r"bounds must be a pair \(lower, upper\); got 1 of them": dict(bounds=(0.0,)),
     r"bounds are 1\.0 and 0\.0; the first must nowhere exceed the second": dict(bounds=(1.0, 0.0)),
     r"a bound must .* one example, \(6,\); got \(9, 6\)": dict(bounds=(0.0, jnp.ones((9, 6)))),
+    r"a bound must .* one example, \(6,\); got \(5,\)": dict(bounds=(jnp.zeros(5), 1.0)),
     r"inputs must be a floating batch.* got int32\[9, 6\]": dict(inputs=jnp.ones((9, 6), int)),
     r"labels must be integers of shape \(9,\).* not one-hot": dict(labels=jnp.ones((9, 4))),
     r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),

@@ -25,9 +25,9 @@ from dd_jax.attacks.deepfool import Options, check_arguments, checked_logits, ho
 from dd_jax.closures import ApplyFn, Closure, hoist
 from dd_jax.norms import Bounds, Norm, check_bounds, is_known, per_example, project, sample_in_ball, stay_within
 from dd_jax.norms import steepest_direction as steepest
-from dd_jax.types import AttackResult, LogitsFn
+from dd_jax.types import AttackResult, LogitsFn, Scalar
 
-SizeOrSizes = float | Float[Array, ""] | Float[Array, " batch"]
+SizeOrSizes = Scalar | Float[Array, " batch"]
 EpsilonFn = Callable[[Float[Array, " batch"]], Array]
 
 GRID_SPAN = 1000.0  # From the largest epsilon of the grid down to the smallest.
