@@ -22,6 +22,7 @@ CORE = (
     "dd_jax.pooling",
     "dd_jax.rewriting",
     "dd_jax.closures",
+    "dd_jax.attacks.linear_step",
     "dd_jax.attacks.deepfool",
     "dd_jax.attacks.gradient",
     "dd_jax.attacks.carlini_wagner",

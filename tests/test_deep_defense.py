@@ -189,6 +189,19 @@ def test_options_reach_the_search(x64):
     assert_close(margin, plain, 1e-12)
 
 
+@pytest.mark.parametrize("classes_at_once", [1, 2])
+def test_classes_taken_in_parts_change_nothing(classes_at_once, x64):
+    params, inputs, labels = problem("conv")
+
+    def total(params, inputs):
+        logits_fn = partial(apply_net, "conv", params)
+        _, metrics = dd_jax.deep_defense_loss(logits_fn, inputs, labels, classes_at_once=classes_at_once, **OPTIONS)
+        return (metrics["penalty"] * weights()).sum(), metrics
+
+    in_parts = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, inputs)
+    assert_close(in_parts, compiled("conv", "l2")(params, inputs, labels, weights()), 1e-12)
+
+
 def test_never_fooled_examples_count_with_what_their_steps_add_up_to(x64):
     params, inputs, labels = problem("tanh")
     logits_fn = partial(apply_net, "tanh", params)
@@ -303,6 +316,8 @@ def test_wrong_calls_are_refused_as_by_deepfool(function, unchecked):
         call(inputs, jax.nn.one_hot(labels, 4))
     with pytest.raises(ValueError, match="num_steps is 0"):
         call(inputs, labels, num_steps=0)
+    with pytest.raises(ValueError, match="classes_at_once is -1"):
+        call(inputs, labels, classes_at_once=-1)
     with pytest.raises(ValueError, match="at least 2 classes"):
         function(lambda x: x[:, :1], inputs, labels)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from dd_jax import deepfool
+from dd_jax import deepfool, signed_margin
 from dd_jax.attacks import deepfool as module
 
 NORMS = ("l2", "linf")
@@ -127,6 +127,25 @@ def test_curved_nets_agree_with_the_plain_loop(norm, short_turns, x64):
     total, num_steps, success = reference.steps(logits_fn, inputs, labels, norm=norm, num_steps=5, num_candidates=3)
     assert_same(found, module.AttackResult(1.02 * total, success, num_steps), rtol=1e-12)
     assert len(set(num_steps.tolist())) > 1
+
+
+@pytest.mark.parametrize("norm, classes_at_once", [("l2", 3), ("linf", 1), ("l2", 100)])
+def test_classes_taken_in_parts_give_the_same(norm, classes_at_once, short_turns, x64):
+    """Seven candidates: in threes the last part is not full."""
+    net, inputs = mlp(jax.random.key(2), num_classes=8), INPUTS.astype(float)
+    assert_same(attack(net, inputs, norm=norm, classes_at_once=classes_at_once), attack(net, inputs, norm=norm), 1e-12)
+
+
+def test_classes_taken_in_parts_take_less_memory(short_turns):
+    """Of 40 candidates' gradients in a net with 500 activations, those of 4 are held at a time."""
+    net = mlp(jax.random.key(2), hidden=500, num_classes=41)
+    for function in (deepfool, lambda net, x, **options: signed_margin(net, x, jnp.zeros(9, int), **options)):
+        sizes = [
+            jax.jit(partial(function, net, classes_at_once=at_once)).lower(INPUTS).compile().memory_analysis()
+            for at_once in (None, 4)
+        ]
+        at_once, in_parts = (size.temp_size_in_bytes for size in sizes)
+        assert at_once > 3 * 40 * 500 * 4 > 3 * in_parts
 
 
 def test_misclassified_examples_are_done(x64):
@@ -274,6 +293,7 @@ WRONG_CALLS = {
     "num_steps is 0; it must be at least 1": dict(num_steps=0),
     r"overshoot is -0\.1; it must be 0 or more": dict(overshoot=-0.1),
     "num_candidates is 1; it must be at least 2": dict(num_candidates=1),
+    "classes_at_once is 0; it must be at least 1, or None": dict(classes_at_once=0),
     r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),
     r"must return logits of shape \(9, classes\).* returned \(9, 2, 3\)": dict(logits_fn=lambda x: x.reshape(9, 2, 3)),
     r"must return logits .* returned \(6, 9\)": dict(logits_fn=lambda x: x.T),

@@ -23,39 +23,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dd_jax.attacks.linear_step import Options, Problem, nearest_step
 from dd_jax.closures import ApplyFn, Closure, hoist, rows_are_interchangeable
-from dd_jax.norms import Norm, check_norm, dual_norm, per_example
+from dd_jax.norms import Norm, check_norm, per_example
 from dd_jax.types import AttackResult, LogitsFn
 
 TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a whole batch, by backend; measured.
 SMALLEST_TURN = {"cpu": 16}  # Fewer rows than this do not fill the device.
 DEFAULT_SMALLEST_TURN = 64
 LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
-
-
-class Options(NamedTuple):
-    """What is fixed when the search is compiled."""
-
-    norm: Norm = "l2"
-    num_steps: int = 50
-    overshoot: float = 0.02
-    gradient_offset: float = 0.0
-    num_candidates: int | None = None
-    rows_per_turn: int = 0
-    rows_per_last_turn: int = 0  # Once no more than these are active.
-
-
-class Problem(NamedTuple):
-    """What to search for, example by example.
-
-    Where `away` holds, leave class `labels` for any of `candidates`; elsewhere reach class `labels` from whatever class is
-    predicted at the iterate.
-    """
-
-    inputs: Float[Array, "batch ..."]
-    labels: Int[Array, " batch"]
-    away: Bool[Array, " batch"]
-    candidates: Int[Array, "batch others"]
 
 
 class Trace(NamedTuple):
@@ -85,6 +61,7 @@ def deepfool(
     num_steps: int = 50,
     overshoot: float = 0.02,
     num_candidates: int | None = None,
+    classes_at_once: int | None = None,
     bounds: Sequence[Array | float] | None = None,
     gradient_offset: float = 0.0,
 ) -> AttackResult:
@@ -100,6 +77,9 @@ def deepfool(
       overshoot: the perturbation returned is (1 + overshoot) times the sum of the steps.
       num_candidates: how many of the classes that are most likely at the clean input take part, the source class
         included (10 is customary for 1000 classes). None: all.
+      classes_at_once: compute the gradients of at most so many classes at a time, one such part after another. Less memory,
+        which holds these gradients and what leads to them, the same result. None: those of all candidates at once, which
+        is fastest where there is room.
       bounds: (lower, upper), floats or arrays that broadcast to one example: iterates and results stay within. None: no
         clipping, as in the paper.
       gradient_offset: added to every component of w before its norm is taken; the authors' code uses 5e-6 on MNIST and 1e-5
@@ -116,7 +96,7 @@ def deepfool(
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once)
     check_arguments(inputs, labels, options)
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     logits = lax.stop_gradient(checked_logits(logits_fn, inputs, labels))
@@ -153,6 +133,10 @@ def check_arguments(inputs: Array, labels: Array | None, options: Options) -> No
         raise ValueError(f"overshoot is {options.overshoot}; it must be 0 or more.")
     if options.num_candidates is not None and options.num_candidates < 2:
         raise ValueError(f"num_candidates is {options.num_candidates}; it must be at least 2, or None for all classes.")
+    if options.classes_at_once is not None and options.classes_at_once < 1:
+        raise ValueError(
+            f"classes_at_once is {options.classes_at_once}; it must be at least 1, or None for all candidates at once."
+        )
 
 
 def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], labels: Array | None) -> Array:
@@ -239,61 +223,6 @@ def record_step(trace: Trace, steps: Array, to: Array, before: Array, source: Ar
         trace.sources.at[steps, to].set(source, mode="drop"),
         trace.targets.at[steps, to].set(target, mode="drop"),
     )
-
-
-def nearest_step(
-    apply_fn: ApplyFn, closure: Closure, iterates: Float[Array, "rows ..."], part: Problem, options: Options
-) -> tuple[Float[Array, "rows ..."], Int[Array, " rows"], Int[Array, " rows"]]:
-    """The step to the nearest linearised boundary, the class it leaves and the class it aims at."""
-    logits, pull_back = jax.vjp(lambda x: apply_fn(closure, x), iterates)
-    source = jnp.where(part.away, part.labels, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    targets = jnp.where(part.away, part.candidates.T, part.labels)  # (others, rows)
-    one_hot = lambda classes: jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype)
-    (gradients,) = jax.vmap(pull_back)(one_hot(targets) - one_hot(source)[None])
-    pick = lambda classes: jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0]
-    differences = jax.vmap(pick)(targets) - pick(source)[None]
-    sizes = dual_norm(gradients + options.gradient_offset, options.norm, num_leading=2)
-    distances = jnp.abs(differences) / sizes
-    nearest = jnp.argmin(jnp.where(jnp.isfinite(distances), distances, jnp.inf), axis=0)
-    row = jnp.arange(iterates.shape[0])
-    step = linearised_step(differences[nearest, row], gradients[nearest, row], options)
-    step = jnp.where(jnp.isfinite(step), step, 0)
-    return step, source, targets[nearest, row]
-
-
-def linearised_step(
-    difference: Float[Array, " rows"], gradient: Float[Array, "rows ..."], options: Options
-) -> Float[Array, "rows ..."]:
-    """r = |f| / ||w||_q * d: from here to where f + w . r = 0, the shortest way in the lp norm. Zero where w is.
-
-    Differentiable in both arguments; at f = 0 the derivative of |f| is taken as 0.
-    """
-    size = dual_norm(gradient + options.gradient_offset, options.norm)
-    is_zero = size == 0
-    safe_size = jnp.where(is_zero, 1, size)
-    length = per_example(jnp.where(is_zero, 0, jnp.abs(difference) / safe_size), gradient)
-    direction = jnp.sign(gradient) if options.norm == "linf" else gradient / per_example(safe_size, gradient)
-    return (length * direction).astype(gradient.dtype)  # Of inputs that may be coarser than the logits.
-
-
-def chosen_step(
-    apply_fn: ApplyFn,
-    closure: Closure,
-    iterates: Float[Array, "rows ..."],
-    source: Int[Array, " rows"],
-    target: Int[Array, " rows"],
-    options: Options,
-) -> Float[Array, "rows ..."]:
-    """The step between two given classes, as a differentiable function of the iterates and of the closure."""
-
-    def total_difference(x: Array) -> tuple[Array, Array]:
-        logits = apply_fn(closure, x)
-        row = jnp.arange(x.shape[0])
-        difference = logits[row, target] - logits[row, source]
-        return jnp.sum(difference), difference
-
-    gradient, difference = jax.grad(total_difference, has_aux=True)(iterates)
-    return linearised_step(difference, gradient, options)
 
 
 def next_rows(priority: Int[Array, " batch"], num_rows: int) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
