@@ -8,12 +8,16 @@ def get_config() -> ConfigDict:
         "momentum": 0.9,  # of SGD, as in PyTorch
         "weight_decay": 5e-4,  # times the weights, added to the gradient; on all parameters
         "max_gradient_norm": 0.0,  # shorten a longer gradient to this l2 norm; 0: never
+        "num_parts": 1,  # every device takes its share of a batch in so many parts and adds up their gradients
         "max_steps": 0,  # end the stage after so many steps, to try it; 0: after its epochs
     }
     return ConfigDict(
         {
             "seed": 0,  # of the weights, the order of the images, flips and dropout
-            "model": {"name": "mlp"},  # mlp, lenet, convnet, nin
+            "model": {
+                "name": "mlp",  # mlp, lenet, convnet, nin, alexnet, alexnet_torchvision, resnet18
+                "compute_dtype": "float32",  # bfloat16: weights and activations in the net; perturbations stay float32
+            },
             "data": {
                 "name": "digits",  # digits, mnist, cifar10
                 "dir": "",  # where TFDS keeps its data sets; "": its own default. Also --data_dir.
@@ -32,7 +36,9 @@ def get_config() -> ConfigDict:
                 **sgd,
             },
             "defense": {
-                "name": "deep_defense",  # clean, deep_defense
+                # clean, parseval, adversarial_deepfool (Adv. Train I), adversarial_fgsm (Adv. Train II), deep_defense,
+                # deep_defense_fgsm; each takes those of the fields below that it knows
+                "name": "deep_defense",
                 "norm": "l2",  # l2, linf; of the training's perturbations, the evaluation's are l2
                 "penalty_weight": 15.0,  # lambda
                 "correct_scale": 25.0,  # c
@@ -41,6 +47,10 @@ def get_config() -> ConfigDict:
                 "overshoot": 0.02,  # how far beyond the boundary DeepFool goes, relative to its perturbation
                 "num_candidates": 0,  # the most likely classes, to which DeepFool keeps, evaluation included; 0: all
                 "gradient_offset": 0.0,  # added to a gradient before its norm is taken; the authors: 5e-6, 1e-5
+                "classes_at_once": 0,  # the gradients of so many classes are in memory at a time; 0: of all candidates
+                "mixing_weight": 0.5,  # of the loss on adversarial examples, 0..1
+                "epsilon": 0.1,  # of FGSM's examples, linf, in the units of the inputs
+                "beta": 1e-3,  # of Parseval's retraction
             },
             "fine_tuning": {
                 "num_epochs": 5,  # with the defense, from the reference on
@@ -53,7 +63,17 @@ def get_config() -> ConfigDict:
                 "batch_size": 500,  # the figures do not depend on it
                 "num_steps": 50,  # DeepFool's, at most
                 "overshoot": 0.02,
+                "clip": False,  # FGS, PGD and C&W stay within the values that pixels can have (not where they are whitened)
                 "epoch_examples": 0,  # measure this many test images after every epoch; 0: none
+                "fgs_max_epsilon": 1.0,  # where the search for an image's smallest epsilon (linf) gives up
+                "curve_max_epsilon": 0.3,  # FGS success over epsilon: up to this,
+                "curve_num_points": 31,  # at so many points
+                "pgd_epsilon": 0.1,  # linf, from the image itself
+                "pgd_step_size": 0.01,
+                "pgd_num_steps": 40,  # at most
+                "carlini_wagner_examples": 500,  # C&W is slow: only the first so many test images
+                "carlini_wagner_num_steps": 200,  # of Adam, in each of
+                "carlini_wagner_num_binary_search_steps": 5,
             },
         }
     ).lock()  # A misspelt field in a configuration is an error.

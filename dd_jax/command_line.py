@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from dd_jax.configuration import ConfigurationError
 from dd_jax.data import DataError
+from dd_jax.parallel import Terminated
 from dd_jax.training import DivergenceError
 
 USER_ERRORS = (ConfigurationError, DataError, DivergenceError, FileNotFoundError)
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -20,7 +21,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main function: exit code 1 with one sentence for errors of use, 130 when interrupted."""
+    """Runs a script's main function: exit code 1 with one sentence for errors of use, 130 when interrupted, 143 when
+    asked to end (SIGTERM)."""
     try:
         main()
     except USER_ERRORS as error:
@@ -28,3 +30,6 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the latest checkpoint.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Terminated as reason:
+        print(f"\n{reason} The same command goes on from there.", file=sys.stderr)
+        sys.exit(TERMINATED)

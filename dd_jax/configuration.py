@@ -15,8 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dd_jax import models, training
-from dd_jax.baselines import LOSSES
+from dd_jax import baselines, models, training
 from dd_jax.data import PREPROCESSINGS, SOURCES
 from dd_jax.norms import NORMS
 
@@ -30,16 +29,17 @@ class ConfigurationError(ValueError):
 
 CHOICES = {
     "model.name": models.NAMES,
+    "model.compute_dtype": ("float32", "bfloat16"),
     "data.name": SOURCES,
     "data.preprocessing": ("paper", *PREPROCESSINGS),
-    "defense.name": tuple(LOSSES),
+    "defense.name": baselines.NAMES,
     "defense.norm": NORMS,
     "reference.schedule": tuple(training.SCHEDULES),
     "fine_tuning.schedule": tuple(training.SCHEDULES),
 }
 NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
-AT_LEAST_ONE = ("batch_size", "defense.num_steps", "evaluation.num_steps")
-MUST_BE_POSITIVE = ("learning_rate",)
+AT_LEAST_ONE = ("batch_size", "num_steps", "num_parts", "num_searches", "curve_points", "carlini_wagner_examples")
+MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
 
 
 def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -128,6 +128,8 @@ def check(config: ConfigDict) -> None:
             raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
     if fields.get("seed", 0) >= NUM_SEEDS:
         raise ConfigurationError(f"seed is {config.seed}; it must be below {NUM_SEEDS}.")
+    if fields.get("defense.mixing_weight", 0) > 1:
+        raise ConfigurationError(f"defense.mixing_weight is {fields['defense.mixing_weight']}; it must be within 0..1.")
     if fields.get("defense.num_candidates") == 1:
         raise ConfigurationError("defense.num_candidates is 1; it must be at least 2, or 0 for all classes.")
 

@@ -11,24 +11,24 @@ A run directory holds
 Every stage goes on from what the directory holds, so a run that was stopped is taken up by the same command.
 """
 
-import json
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from dd_jax import baselines, data, metrics, models, pretrained, training
+from dd_jax import baselines, data, evaluation, metrics, models, parallel, pretrained, run_log, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.configuration import ConfigurationError, load
 from dd_jax.data import DataSet, Preprocessing
+from dd_jax.progress import progress
 
+DEVICES = {"compile_fn": parallel.sums_and_rows}  # Every measurement is shared among all devices.
 REFERENCE, DEFENDED = "reference", "defended"
 SECONDS_BETWEEN_CHECKPOINTS = 30
 MOST_STEPS_PER_LINE, FEWEST_LINES = 50, 10  # Of metrics.jsonl.
@@ -81,21 +81,22 @@ def preprocessing_name(config: ConfigDict) -> str:
     return PAPER_PREPROCESSING[config.data.name] if name == "paper" else name
 
 
+NONE_AS_ZERO = ("num_candidates", "classes_at_once")
+
+
 def defense_options(config: ConfigDict) -> dict[str, Any]:
-    """The options of the chosen defense's loss."""
-    options = dict(config.defense)
-    name = options.pop("name")
-    if name == "clean":
-        return {}
-    return options | {"num_candidates": options["num_candidates"] or None}
+    """The options that the chosen defense takes, out of all that the configuration has."""
+    names = baselines.option_names(config.defense.name)
+    options = {name: value for name, value in config.defense.items() if name in names}
+    return {name: (value or None) if name in NONE_AS_ZERO else value for name, value in options.items()}
 
 
 class Stage(NamedTuple):
-    """One training of the net: from where, with which loss and for how long."""
+    """One training of the net: with which defense, how, and for how long."""
 
     name: str
     settings: ConfigDict
-    loss_fn: baselines.LossFn
+    defense: baselines.Defense
     num_steps: int
     steps_per_epoch: int
 
@@ -105,7 +106,7 @@ def make_stage(experiment: Experiment, name: str) -> Stage:
     config = experiment.config
     section = "reference" if name == REFERENCE else "fine_tuning"
     settings = config[section]
-    loss_name, options = ("clean", {}) if name == REFERENCE else (config.defense.name, defense_options(config))
+    defense, options = ("clean", {}) if name == REFERENCE else (config.defense.name, defense_options(config))
     try:
         steps_per_epoch = data.steps_per_epoch(len(experiment.data.train_labels), settings.batch_size)
     except ValueError as error:
@@ -113,7 +114,7 @@ def make_stage(experiment: Experiment, name: str) -> Stage:
     num_steps = settings.num_epochs * steps_per_epoch
     if settings.max_steps:
         num_steps = min(num_steps, settings.max_steps)
-    return Stage(name, settings, baselines.make_loss(loss_name, **options), num_steps, steps_per_epoch)
+    return Stage(name, settings, baselines.make_defense(defense, **options), num_steps, steps_per_epoch)
 
 
 def make_optimizer(stage: Stage) -> Any:
@@ -163,7 +164,7 @@ def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
 def restore(experiment: Experiment, stage_name: str) -> training.TrainState:
     """The final state of a stage in the run directory; ConfigurationError before the stage is trained and measured."""
     stage, workdir = make_stage(experiment, stage_name), experiment.workdir
-    if not any(line["stage"] == stage_name and "measured" in line for line in read_lines(workdir)):
+    if not any(line["stage"] == stage_name and "measured" in line for line in run_log.read(workdir)):
         raise ConfigurationError(f"{workdir} has no finished {stage_name} net; let train.py go on to its end.")
     with Checkpoints(workdir / "checkpoints" / stage_name, read_only=True) as saved:
         return saved.restore(jax.eval_shape(lambda: _untrained(experiment, stage)))
@@ -175,79 +176,136 @@ def _untrained(experiment: Experiment, stage: Stage) -> training.TrainState:
 
 
 def train(experiment: Experiment, stage_name: str, start: Callable[[], training.TrainState]) -> training.TrainState:
-    """Trains one stage to its end, from its latest checkpoint if there is one and from `start()` otherwise."""
+    """Trains one stage to its end, from its latest checkpoint if there is one and from `start()` otherwise.
+
+    Terminated where the process was asked to end (SIGTERM); the state is saved then.
+    """
     stage = make_stage(experiment, stage_name)
     with Checkpoints(experiment.workdir / "checkpoints" / stage_name) as saved:
         state = start() if saved.latest() is None else saved.restore(jax.eval_shape(start))
         first_step = int(state.step)
-        forget_lines_after(experiment.workdir, stage_name, first_step)
+        if parallel.is_primary():
+            run_log.forget_after(experiment.workdir, stage_name, first_step)
+        state = parallel.replicate(state)
         if first_step < stage.num_steps:
-            train_step = training.make_train_step(experiment.model, make_optimizer(stage), stage.loss_fn)
+            settings, compute_dtype = stage.settings, experiment.config.model.compute_dtype
+            options = dict(num_parts=settings.num_parts, compute_dtype=compute_dtype)
+            train_step = training.make_train_step(experiment.model, make_optimizer(stage), stage.defense, **options)
             state = _train_with_progress(experiment, stage, state, train_step, saved)
-        saved.save(int(state.step), state)
+        saved.save(int(state.step), parallel.as_global(state))
     return state
 
 
 def _train_with_progress(
     experiment: Experiment, stage: Stage, state: training.TrainState, train_step: Callable, saved: Checkpoints
 ) -> training.TrainState:
-    batch_of_step = lambda step: data.training_batch(  # noqa: E731
-        experiment.train_inputs,
-        experiment.data.train_labels,
-        batch_size=stage.settings.batch_size,
-        seed=experiment.config.seed,
-        step=step,
-        flip=experiment.config.data.flip,
+    batch_of_step = lambda step: parallel.share_of(  # noqa: E731
+        data.training_batch(
+            experiment.train_inputs,
+            experiment.data.train_labels,
+            batch_size=stage.settings.batch_size,
+            seed=experiment.config.seed,
+            step=step,
+            flip=experiment.config.data.flip,
+        )
     )
     log_every = max(1, min(MOST_STEPS_PER_LINE, stage.num_steps // FEWEST_LINES))
     steps = training.fit(
         state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=log_every
     )
     limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
-    with progress(f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step)) as bar:
+    bar = progress(
+        f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step), disable=not parallel.is_primary()
+    )
+    with bar, parallel.Termination() as termination:
         for state, step, means in steps:
             bar.update()
             line = {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch}
             if means is not None:
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}")
-                log(experiment.workdir, line | means)
+                log(experiment, line | means)
             if limit and step % stage.steps_per_epoch == 0:
-                log(experiment.workdir, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
+                log(experiment, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
             # Saved after the step's lines, so that none is missing where the run goes on from here.
-            if means is not None and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
-                saved.save(step, state)
+            terminated = termination.asked_for(step)
+            if terminated or (means is not None and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+                saved.save(step, parallel.as_global(state))
                 last_saved = time.monotonic()
+            if terminated:
+                raise parallel.Terminated(f"Asked to end; step {step} of the {stage.name} training is saved.")
     return state
 
 
+def log(experiment: Experiment, line: dict[str, Any]) -> None:
+    """Appends a line to metrics.jsonl; one process does."""
+    if parallel.is_primary():
+        run_log.append(experiment.workdir, line)
+
+
+@lru_cache
+def apply_fn(model: nn.Module, compute_dtype: str) -> evaluation.ApplyFn:
+    """(variables, inputs) -> logits, the same function whenever it is asked for, so that it is compiled once."""
+
+    def logits(variables: Any, inputs: jax.Array) -> jax.Array:
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        return training.make_logits_fn(model, params, batch_stats, compute_dtype=compute_dtype)(inputs)
+
+    return logits
+
+
+def evaluation_settings(config: ConfigDict) -> metrics.Settings:
+    """What the configuration says about measuring. The number of candidates is the defense's."""
+    named = {name: value for name, value in config.evaluation.items() if name in metrics.Settings._fields}
+    candidates = {name: config.defense[name] or None for name in NONE_AS_ZERO}
+    return metrics.Settings(**named, **candidates)
+
+
 def measure(
-    experiment: Experiment, state: training.TrainState, *, limit: int | None = None, quiet: bool = False, name: str = ""
+    experiment: Experiment,
+    state: training.TrainState,
+    *,
+    names: Sequence[str] = ("deepfool",),
+    limit: int | None = None,
+    quiet: bool = False,
+    name: str = "",
 ) -> metrics.Summary:
-    """Accuracy and DeepFool figures on the test images (the first `limit` of them)."""
-    settings = experiment.config.evaluation
-    num_candidates = experiment.config.defense.num_candidates or None
-    measure_batch = training.make_measure(
-        experiment.model, num_steps=settings.num_steps, overshoot=settings.overshoot, num_candidates=num_candidates
-    )
+    """Accuracy and the measurements of those names (`evaluation.NAMES`) on the test images, the first `limit` of them.
+
+    Adds "epsilon_half", where half of the images have fallen under FGS, where "fgs" is among the names; None: nowhere.
+    """
+    config = experiment.config
+    net = apply_fn(experiment.model, config.model.compute_dtype)
+    net = net, {"params": state.params, "batch_stats": state.batch_stats}
     inputs, labels = experiment.test_inputs[:limit], experiment.data.test_labels[:limit]
-    batch_size = min(settings.batch_size, len(labels))
-    total = None
-    with progress(f"{name:9} measuring", len(labels), "image", disable=quiet) as bar:
-        for batch in data.evaluation_batches(inputs, labels, batch_size):
-            sums = jax.device_get(measure_batch(state.params, state.batch_stats, batch))
-            total = sums if total is None else metrics.add(total, sums)
-            bar.update(int(sums.examples))
-    return metrics.summarise(total)
+    settings, quiet = evaluation_settings(config), quiet or not parallel.is_primary()
+    shared = dict(batch_size=min(config.evaluation.batch_size, len(labels)), show_progress=not quiet, **DEVICES)
+    shared["bounds"] = data.bounds(experiment.preprocessing) if config.evaluation.clip else None
+    found = evaluation.measure(
+        *net,
+        inputs,
+        labels,
+        settings=settings,
+        names=names,
+        carlini_wagner_examples=config.evaluation.carlini_wagner_examples,
+        to_images=data.make_to_images(experiment.preprocessing),
+        description=f"{name:9} measuring",
+        **shared,
+    )
+    if "fgs" in names:
+        largest, text = settings.fgs_max_epsilon, f"{name:9} epsilon of 50 %"
+        epsilon = evaluation.half_epsilon(*net, inputs, labels, max_epsilon=largest, description=text, **shared)
+        found["epsilon_half"] = epsilon
+    return found
 
 
 def measure_once(experiment: Experiment, stage_name: str, state: training.TrainState) -> metrics.Summary:
     """The final measurement of a stage, read from the run directory if it was made before."""
     step = int(state.step)
-    for line in read_lines(experiment.workdir):
+    for line in run_log.read(experiment.workdir):
         if line["stage"] == stage_name and line["step"] == step and "measured" in line:
             return line["measured"]
     measured = measure(experiment, state, name=stage_name)
-    log(experiment.workdir, {"stage": stage_name, "step": step, "measured": measured})
+    run_log.append(experiment.workdir, {"stage": stage_name, "step": step, "measured": measured})
     return measured
 
 
@@ -276,35 +334,3 @@ def run(experiment: Experiment) -> dict[str, metrics.Summary]:
     weights = jax.tree.map(jax.numpy.copy, (reference.params, reference.batch_stats))  # Training donates its state.
     defended = train(experiment, DEFENDED, lambda: training.fresh_state(optimizer, *weights))
     return {REFERENCE: before, DEFENDED: measure_once(experiment, DEFENDED, defended)}
-
-
-def progress(description: str, total: int, unit: str, **options: Any) -> tqdm:
-    """A progress bar with the time left; seldom redrawn where the output is not a terminal."""
-    options |= {"mininterval": 0.2 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "smoothing": 0.1}
-    return tqdm(total=total, desc=description, unit=unit, **options)
-
-
-def log(workdir: pathlib.Path, line: dict[str, Any]) -> None:
-    """Appends a line to metrics.jsonl."""
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_lines(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is passed over."""
-    path = workdir / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            continue
-
-
-def forget_lines_after(workdir: pathlib.Path, stage_name: str, step: int) -> None:
-    """Drops what a stage logged after `step`: those steps were not saved and are about to be taken again."""
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        kept = [line for line in read_lines(workdir) if line["stage"] != stage_name or line["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)

@@ -6,7 +6,6 @@ bitwise where an uninterrupted one ends.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,8 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dd_jax import metrics
-from dd_jax.baselines import LossFn
+from dd_jax import parallel
+from dd_jax.baselines import Defense
 from dd_jax.types import LogitsFn
 
 Batch = Mapping[str, np.ndarray | Array]  # NumPy arrays, which are tracers within jit.
@@ -37,17 +36,25 @@ class DivergenceError(ValueError):
 
 
 def make_logits_fn(
-    model: nn.Module, params: Any, batch_stats: Any, dropout_key: PRNGKeyArray | None = None
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    dropout_key: PRNGKeyArray | None = None,
+    *,
+    compute_dtype: Any = jnp.float32,
 ) -> LogitsFn:
     """The one seam between Flax and the core: a net with its weights, as a function from inputs to logits.
 
     With a `dropout_key` the net is thinned by the mask that the key stands for, the same one at every call. Batch
-    normalisation runs on its stored statistics in any case.
+    normalisation runs on its stored statistics in any case. `compute_dtype`: of weights and activations within the net;
+    inputs and logits keep the inputs' dtype, so that bfloat16 leaves the arithmetic of perturbations in float32.
     """
     variables = {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
-    if dropout_key is None:
-        return lambda inputs: model.apply(variables, inputs)
-    return lambda inputs: model.apply(variables, inputs, train=True, rngs={"dropout": dropout_key})
+    options = {} if dropout_key is None else {"train": True, "rngs": {"dropout": dropout_key}}
+    if compute_dtype == jnp.float32:
+        return lambda inputs: model.apply(variables, inputs, **options)
+    narrow = jax.tree.map(lambda x: x.astype(compute_dtype), variables)
+    return lambda inputs: model.apply(narrow, inputs.astype(compute_dtype), **options).astype(inputs.dtype)
 
 
 def halved_at_four_fifths(rate: float, num_steps: int) -> optax.Schedule:
@@ -92,29 +99,40 @@ def fresh_state(optimizer: optax.GradientTransformation, params: Any, batch_stat
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, loss_fn: LossFn
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    defense: Defense,
+    *,
+    num_parts: int = 1,
+    compute_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """A jit-compiled `train_step(state, batch, key) -> (state, metrics)`.
+    """A `train_step(state, batch, key) -> (state, metrics)`, compiled for all devices.
 
-    batch: {"image": (batch, ...) inputs, "label": (batch,), "mask": (batch,)}, the loss is the mean over examples with
-    mask 1. Metrics are means over the same examples: "loss" and what `loss_fn` reports.
+    batch: this process's share, {"image": (batch, ...) inputs, "label": (batch,), "mask": (batch,)}; the loss is the mean
+    over all processes' examples with mask 1, whatever the number of devices. Metrics are means over the same examples:
+    "loss" and what the defense reports. Every device takes its examples in `num_parts` equal parts, one after the other,
+    and adds up their gradients: the memory of one part is enough. `compute_dtype` as in `make_logits_fn`. The state, see
+    `parallel.replicate`, is consumed.
     """
 
     def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        mask = batch["mask"]
-        mean = lambda values: jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)  # noqa: E731
+        dropout_key = jax.random.fold_in(key, state.step)
 
-        def objective(params: Any) -> tuple[Array, dict[str, Array]]:
-            logits_fn = make_logits_fn(model, params, state.batch_stats, jax.random.fold_in(key, state.step))
-            loss, details = loss_fn(logits_fn, batch["image"], batch["label"])
-            return mean(loss), {name: mean(values) for name, values in details.items()}
+        def objective(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
+            logits_fn = make_logits_fn(model, params, state.batch_stats, dropout_key, compute_dtype=compute_dtype)
+            loss, details = defense.loss_fn(logits_fn, part["image"], part["label"])
+            sums = {name: jnp.sum(values * part["mask"]) for name, values in {"loss": loss, **details}.items()}
+            return sums["loss"], sums | {"examples": jnp.sum(part["mask"])}
 
-        (loss, details), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        gradient_of = lambda part: jax.grad(objective, has_aux=True)(state.params, part)
+        gradient, sums = parallel.sum_over_devices(parallel.summed_in_parts(gradient_of, batch, num_parts))
+        examples = jnp.maximum(sums.pop("examples"), 1)
+        gradient, means = jax.tree.map(lambda x: x / examples, (gradient, sums))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, state.batch_stats, opt_state), {"loss": loss, **details}
+        params = defense.retract(optax.apply_updates(state.params, updates))
+        return TrainState(state.step + 1, params, state.batch_stats, opt_state), means
 
-    return jax.jit(train_step, donate_argnums=0)
+    return parallel.on_all_devices(train_step, donate_state=True, split_into=num_parts)
 
 
 def fit(
@@ -147,14 +165,3 @@ def fit(
                 )
             recent = []
         yield state, step + 1, means
-
-
-@cache  # Compiled once, although it is asked for after every epoch.
-def make_measure(model: nn.Module, **options: Any) -> Callable[[Any, Any, Batch], metrics.Sums]:
-    """A jit-compiled `measure(params, batch_stats, batch) -> Sums`; options as in `metrics.measure_batch`."""
-
-    def measure(params: Any, batch_stats: Any, batch: Batch) -> metrics.Sums:
-        logits_fn = make_logits_fn(model, params, batch_stats)
-        return metrics.measure_batch(logits_fn, batch["image"], batch["label"], batch["mask"], **options)
-
-    return jax.jit(measure)

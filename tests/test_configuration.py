@@ -69,7 +69,8 @@ def test_the_default_describes_every_field_and_every_choice():
         assert described or name.endswith(("learning_rate", "overshoot")), f"{name} has no comment"
     for name, choices in configuration.CHOICES.items():
         section, field = name.split(".")
-        said = " ".join(line for line in lines if f'"{field}":' in line)
+        found = [i for i, line in enumerate(lines) if f'"{field}":' in line]
+        said = " ".join(line for i in found for line in lines[max(i - 2, 0) : i + 1])
         assert all(re.search(rf"\b{choice}\b", said) for choice in choices), f"{name} does not list {choices}"
 
 
@@ -127,7 +128,7 @@ def test_overrides_take_the_type_of_the_field():
         "data.name=minst": "data.name is 'minst'; it must be one of digits, mnist, cifar10",
         "data.preprocessing=zca": "it must be one of paper, none, mean_image, contrast_whiten",
         "model.name=resnet": "model.name is 'resnet'; it must be one of mlp, lenet, convnet, nin",
-        "defense.name=deep": "defense.name is 'deep'; it must be one of clean, deep_defense",
+        "defense.name=deep": "defense.name is 'deep'; it must be one of clean, parseval, ",
         "defense.norm=l1": "defense.norm is 'l1'; it must be one of l2, linf",
         "reference.schedule=linear": "reference.schedule is 'linear'; it must be one of halved_at_four_fifths, cosine",
         "fine_tuning.schedule=": "fine_tuning.schedule is ''; it must be one of",

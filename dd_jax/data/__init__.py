@@ -5,23 +5,37 @@
     inputs = preprocess(data.train_images)                            # float32, the network's input space
     batch = dd_jax.data.training_batch(inputs, data.train_labels, batch_size=100, seed=0, step=0)
 
+Sets too large for memory are read as the net trains: `open_images`, `training_stream`, `evaluation_stream`.
+
 Nothing here needs TensorFlow, and TFDS is imported only when one of its sets is asked for.
 """
 
 from dd_jax.data.batches import evaluation_batches, steps_per_epoch, training_batch
-from dd_jax.data.preprocessing import PREPROCESSINGS, Preprocessing, bounds, fit
+from dd_jax.data.encoded import STREAMED_SOURCES, EncodedDataSet, EncodedImages, open_images
+from dd_jax.data.preprocessing import PREPROCESSINGS, UNFITTED, Preprocessing, bounds, fit, make_to_images
 from dd_jax.data.sources import SOURCES, DataError, DataSet, load
+from dd_jax.data.streaming import BatchStream, Pace, evaluation_stream, training_stream
 
 __all__ = [
     "SOURCES",
+    "STREAMED_SOURCES",
     "PREPROCESSINGS",
+    "UNFITTED",
+    "BatchStream",
     "DataError",
     "DataSet",
+    "EncodedDataSet",
+    "EncodedImages",
+    "Pace",
     "Preprocessing",
     "bounds",
     "evaluation_batches",
+    "evaluation_stream",
     "fit",
     "load",
+    "make_to_images",
+    "open_images",
     "steps_per_epoch",
     "training_batch",
+    "training_stream",
 ]
