@@ -1,4 +1,4 @@
-"""Accuracy and rho: closed form on an affine net, padding that does not count, batches that add up to the whole."""
+"""Every measurement: closed form on an affine net, padding that does not count, batches that add up to the whole."""
 
 from functools import cache, partial
 
@@ -55,11 +55,16 @@ def sizes_of_perturbations(norm):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_closed_form_on_an_affine_net(norm):
     predicted, sizes, input_sizes = sizes_of_perturbations(norm)
-    summary = metrics.summarise(measure(affine, norm=norm), norm)
-    assert list(summary) == ["num_examples", "accuracy", f"rho_{norm}", norm, "deepfool_success", "deepfool_steps"]
+    suffix = "" if norm == "l2" else "_deepfool"
+    summary = metrics.summarise(measure(affine, norm=norm))
+    assert list(summary)[:2] == ["num_examples", "accuracy"]
+    assert set(summary) == {
+        *("num_examples", "accuracy", "deepfool_success", "deepfool_steps"),
+        *(f"rho_{norm}{suffix}", f"{norm}{suffix}"),
+    }
     assert summary["num_examples"] == NUM_EXAMPLES and summary["accuracy"] == np.mean(predicted == LABELS) < 0.5
-    np.testing.assert_allclose(summary[norm], 1.02 * sizes.mean(), rtol=1e-5)  # The overshoot counts.
-    np.testing.assert_allclose(summary[f"rho_{norm}"], 1.02 * (sizes / input_sizes).mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary[f"{norm}{suffix}"], 1.02 * sizes.mean(), rtol=1e-5)  # The overshoot counts.
+    np.testing.assert_allclose(summary[f"rho_{norm}{suffix}"], 1.02 * (sizes / input_sizes).mean(), rtol=1e-5)
     assert summary["deepfool_success"] == summary["deepfool_steps"] == 1.0
 
 
@@ -73,7 +78,7 @@ def test_the_summary_does_not_depend_on_the_batch_size(batch_size):
     assert_close(metrics.summarise(total), metrics.summarise(measure(curved)))
 
 
-@pytest.mark.parametrize("padding", [0.0, 1e3, -7.0])
+@pytest.mark.parametrize("padding", [0.0, 1e3, -7.0, np.nan])
 def test_masked_examples_do_not_count_whatever_they_hold(padding):
     fill = np.full((10, *SHAPE), padding, np.float32)
     padded = measure(
@@ -90,7 +95,7 @@ def test_a_mask_takes_examples_out_one_by_one():
     predicted, sizes, _ = sizes_of_perturbations("l2")
     sums = measure(affine, mask=mask)
     assert (sums.examples, sums.correct) == (17, np.sum(mask * (predicted == LABELS)))
-    np.testing.assert_allclose(sums.size, 1.02 * np.sum(mask * sizes), rtol=1e-5)
+    np.testing.assert_allclose(sums.figures["l2"], 1.02 * np.sum(mask * sizes), rtol=1e-5)
     assert_close(metrics.add(sums, measure(affine, mask=1 - mask)), measure(affine))
 
 
@@ -100,9 +105,11 @@ def test_what_deepfool_does_not_fool_lowers_the_success_rate():
     alive = (INPUTS[:, 0, 0] > 0).astype(np.float32)
     fooled = int(alive.sum())
     assert 0 < fooled < NUM_EXAMPLES
-    np.testing.assert_allclose(half_dead.size, measure(blind, mask=alive).size, rtol=1e-5)  # The others did not move.
-    assert half_dead.success == fooled and half_dead.examples == NUM_EXAMPLES
-    assert half_dead.steps == fooled + (NUM_EXAMPLES - fooled) * OPTIONS["num_steps"]
+    np.testing.assert_allclose(
+        half_dead.figures["l2"], measure(blind, mask=alive).figures["l2"], rtol=1e-5
+    )  # The others did not move.
+    assert half_dead.figures["deepfool_success"] == fooled and half_dead.examples == NUM_EXAMPLES
+    assert half_dead.figures["deepfool_steps"] == fooled + (NUM_EXAMPLES - fooled) * OPTIONS["num_steps"]
 
 
 def test_options_reach_deepfool():
@@ -113,11 +120,113 @@ def test_options_reach_deepfool():
     rows = np.arange(NUM_EXAMPLES)
     sizes = (logits[rows, first] - logits[rows, second]) / np.linalg.norm(WEIGHTS.T[first] - WEIGHTS.T[second], axis=1)
     assert sizes.sum() > 1.01 * sizes_of_perturbations("l2")[1].sum()
-    np.testing.assert_allclose(measure(affine, num_candidates=2, overshoot=0.5).size, 1.5 * sizes.sum(), rtol=1e-5)
+    sums = measure(affine, num_candidates=2, overshoot=0.5)
+    np.testing.assert_allclose(sums.figures["l2"], 1.5 * sizes.sum(), rtol=1e-5)
 
 
 def test_nothing_to_measure_is_an_error():
     nothing = measure(affine, mask=0 * ALL)
-    assert nothing.examples == nothing.correct == nothing.rho == 0
+    assert nothing.examples == nothing.correct == nothing.figures["rho_l2"] == 0
     with pytest.raises(ValueError, match="There is no example to measure"):
         metrics.summarise(nothing)
+
+
+# FGS, PGD, C&W on two classes, where FGS goes straight to the boundary and every size has a closed form
+
+SIZES = {"l2": 2, "linf": 1}  # The norm of the weights' difference that the gap between two logits is divided by.
+TRUE = (np.arange(NUM_EXAMPLES) % 3 > 0).astype(np.int32)
+BOUNDS = (-8.0, 8.0)
+EVERYTHING = dict(
+    names=("deepfool", "fgs", "pgd", "carlini_wagner"),
+    bounds=BOUNDS,
+    fgs_max_epsilon=4.0,
+    curve_max_epsilon=0.5,
+    curve_num_points=6,
+    pgd_epsilon=0.25,
+    pgd_step_size=0.1,
+    pgd_num_steps=4,
+    carlini_wagner_num_steps=60,
+)
+
+
+def two_classes(x):
+    return affine(x)[:, :2]
+
+
+def distances(norm):
+    """Predicted classes, and how far the boundary is from each input, in float64."""
+    x = INPUTS.reshape(NUM_EXAMPLES, -1).astype(np.float64)
+    difference = (WEIGHTS[:, 0] - WEIGHTS[:, 1]).astype(np.float64)
+    gap = x @ difference + BIASES[0] - BIASES[1]
+    return (gap < 0).astype(int), np.abs(gap) / np.linalg.norm(difference, SIZES[norm])
+
+
+def test_closed_forms_of_fgs_pgd_and_carlini_wagner_on_two_classes():
+    summary = metrics.summarise(measure(two_classes, labels=TRUE, **EVERYTHING))
+    (predicted, l2), (_, linf) = distances("l2"), distances("linf")
+    right = predicted == TRUE
+    assert 0.1 < right.mean() < 0.9 and linf.max() < 4 and np.sum(linf < 0.25) not in (0, NUM_EXAMPLES)
+    sizes = np.abs(INPUTS).reshape(NUM_EXAMPLES, -1).max(axis=1)
+    np.testing.assert_allclose(summary["rho_linf"], np.mean(linf / sizes), rtol=1e-3)
+    np.testing.assert_allclose(summary["l2_carlini_wagner"], l2.mean(), rtol=0.03)
+    assert summary["l2_carlini_wagner"] >= l2.mean()
+    np.testing.assert_allclose(summary["l2"], 1.02 * l2.mean(), rtol=1e-5)
+    assert summary["fgs_success"] == summary["carlini_wagner_success"] == summary["deepfool_success"] == 1.0
+    assert summary["accuracy"] == right.mean()
+    assert summary["accuracy_pgd"] == np.mean(right & (linf > 0.25)) < summary["accuracy"]
+    curve = [np.mean(~right | (linf < epsilon)) for epsilon in np.linspace(0, 0.5, 6)]
+    assert summary["fgs_curve"] == pytest.approx(curve) and curve[0] == np.mean(~right) < curve[-1]
+
+
+def test_what_fgs_cannot_fool_counts_with_the_largest_epsilon_and_lowers_the_success_rate():
+    _, linf = distances("linf")
+    limit = float(np.median(linf))
+    summary = metrics.summarise(measure(two_classes, names=("fgs",), fgs_max_epsilon=limit))
+    assert summary["fgs_success"] == pytest.approx(np.mean(linf <= limit), abs=0.021) != 1.0
+    sizes = np.abs(INPUTS).reshape(NUM_EXAMPLES, -1).max(axis=1)
+    np.testing.assert_allclose(summary["rho_linf"], np.mean(np.minimum(linf, limit) / sizes), rtol=1e-3)
+
+
+def test_bounds_hold_fgs_back():
+    tight = (float(INPUTS.min()), float(np.median(INPUTS)))
+    free, held = (measure(two_classes, labels=TRUE, names=("fgs",), bounds=bounds) for bounds in (None, tight))
+    assert (held.figures["fgs_curve"] <= free.figures["fgs_curve"]).all()
+    assert held.figures["fgs_curve"].sum() < free.figures["fgs_curve"].sum()
+
+
+def test_any_subset_gives_what_all_give_together():
+    together = measure(two_classes, labels=TRUE, **EVERYTHING)
+    names = list(together.figures)
+    for name in EVERYTHING["names"]:
+        alone = measure(two_classes, labels=TRUE, **EVERYTHING | {"names": (name,)})
+        assert (alone.examples, alone.correct) == (together.examples, together.correct)
+        assert_close(alone.figures, {name: together.figures[name] for name in alone.figures})
+        names = [name for name in names if name not in alone.figures]
+    assert names == []
+    assert measure(two_classes, names=()).figures == {}
+
+
+def test_random_starts_need_a_key_and_depend_on_it():
+    inputs, labels = jnp.asarray(INPUTS), jnp.asarray(TRUE)
+    settings = metrics.Settings(pgd_epsilon=0.5, pgd_step_size=0.05, pgd_num_steps=1, pgd_seed=0)
+    options = dict(names=("pgd",), settings=settings)
+    run = jax.jit(lambda key: metrics.figures(curved, inputs, labels, key=key, **options).figures["accuracy_pgd"])
+    drawn = [run(jax.random.key(seed)).tolist() for seed in range(4)]
+    assert len(set(map(tuple, drawn))) > 1 and drawn[0] == run(jax.random.key(0)).tolist()
+    with pytest.raises(ValueError, match="pgd_seed is 0, but there is no key"):
+        metrics.figures(curved, inputs, labels, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(names=("deepfol",)), "no measurement 'deepfol'; choose any of deepfool, fgs, pgd, carlini_wagner"),
+        (dict(names=("fgs",), curve_num_points=1), "curve_num_points is 1 and curve_max_epsilon 0.3; .* at least 2"),
+        (dict(names=("fgs",), fgs_max_epsilon=0.0), "max_epsilon is 0.0; it must be more than 0"),
+        (dict(names=("carlini_wagner",)), "bounds is None; this attack needs the range"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(unchecked, options, message):
+    arguments = jnp.asarray(INPUTS), jnp.asarray(TRUE), jnp.asarray(ALL)
+    with pytest.raises(ValueError, match=message):
+        metrics.measure_batch(two_classes, *arguments, **options)

@@ -1,0 +1,275 @@
+"""Measures a net on a whole data set: batches of one shape, results on the host, sums until the end.
+
+    measure          any subset of the measurements of `dd_jax.metrics`, and PASS
+    fgs_accuracy     accuracy under FGS at given epsilons
+    half_epsilon     the epsilon at which half of the images are misclassified under FGS
+
+What runs on the device is compiled once per net and settings. The weights are arguments of it, so that asking again after
+every epoch compiles nothing. Memory is that of one batch.
+
+One function, `compile_fn`, makes of `(shared, batch) -> (sums, rows)` what is run: `jax.jit`, or what gives every device a
+share of the batch, adds up the sums and puts the rows back together. `shared` holds the weights and all else that is the
+same for every example.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from dd_jax import metrics
+from dd_jax.attacks.gradient import fgsm_success_curve
+from dd_jax.data import evaluation_batches
+from dd_jax.metrics import Settings, Summary, Sums
+from dd_jax.perceptual import pass_scores
+from dd_jax.progress import progress
+
+Inputs = Float[np.ndarray, "n h w c"]
+Labels = Int[np.ndarray, " n"]
+Bounds = Sequence[Array | np.ndarray | float]
+ToImages = Callable[[np.ndarray], np.ndarray]
+ApplyFn = Callable[[Any, Array], Array]
+"""(variables, inputs) -> logits. Hashable and always the same object, or it is compiled again: no fresh lambdas."""
+Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
+BatchFn = Callable[[Mapping[str, Any], Mapping[str, Array]], tuple[Any, Rows | None]]
+"""(what all examples share, a batch) -> (sums over the examples, what is needed of each example if anything)."""
+
+NAMES = (*metrics.MEASUREMENTS, "pass")
+BATCH_SIZE = 500
+GRID_SIZE, GRID_SPAN = 16, 1000.0  # Of the first search for `half_epsilon`; later ones have as many points.
+PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
+
+
+def measure(
+    apply_fn: ApplyFn,
+    variables: Any,
+    inputs: Inputs,
+    labels: Labels,
+    *,
+    settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
+    names: Sequence[str] = ("deepfool",),
+    limit: int | None = None,
+    carlini_wagner_examples: int | None = 500,
+    batch_size: int = BATCH_SIZE,
+    bounds: Bounds | None = None,
+    to_images: ToImages | None = None,
+    description: str = "measuring",
+    show_progress: bool = True,
+    compile_fn: Callable[[BatchFn], BatchFn] = jax.jit,
+) -> Summary:
+    """Accuracy, and what the named measurements give.
+
+    Args:
+      apply_fn, variables: the net, `apply_fn(variables, inputs) -> logits`, row by row; variables may be any pytree.
+      inputs, labels: as the net takes them, float32 `(n, h, w, c)`, and int32 `(n,)`.
+      settings: options of the attacks.
+      names: of NAMES. Whichever are asked for, each gives the same.
+      limit: measure the first `limit` examples only.
+      carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
+      batch_size: how many are attacked at once; no figure depends on it, but for PGD's from random starts.
+      bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGS, PGD and C&W. None: FGS and PGD
+        go where they like; C&W, which needs a box, takes the least and the greatest value among all inputs.
+      to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
+      description: in front of the progress bars.
+      show_progress: whether there are any.
+      compile_fn: see the module's docstring; always the same object, like `apply_fn`.
+
+    Returns:
+      By name: "num_examples", then the figures of `metrics.summarise`; "fgs": also "fgs_curve", {"epsilons": [...],
+      "success": [...]}; "carlini_wagner": also "carlini_wagner_examples"; "pass": DeepFool's
+      figures, "pass", which is PASS of its examples, and "pass_unaligned", the share of those that could not be aligned. It
+      can be written as JSON.
+
+    Raises:
+      ValueError: no examples, an unknown name, PASS without `to_images`, or options that make no sense.
+    """
+    metrics.check_names(names, NAMES)
+    if "pass" in names and to_images is None:
+        raise ValueError("PASS compares images, and whitened inputs are none: give to_images, or leave 'pass' out.")
+    if carlini_wagner_examples is not None and carlini_wagner_examples < 1:
+        raise ValueError(
+            f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or None for all."
+        )
+    inputs, labels = inputs[:limit], labels[:limit]
+    check_not_empty(labels)
+
+    def summary(names: Sequence[str], count: int | None, description: str, bounds: Bounds | None) -> Summary:
+        batch_fn = compiled_sums(apply_fn, tuple(names), settings, compile_fn)
+        shared = {"variables": variables, "bounds": broadcast(bounds, inputs)}
+        total = None
+        for i, batch in enumerate(batches(inputs[:count], labels[:count], batch_size, description, show_progress)):
+            sums, rows = jax.device_get(batch_fn(shared | {"key": random_key(settings, i)}, batch))
+            sums = jax.tree.map(np.float64, sums)
+            if rows is not None:
+                sums = sums._replace(figures=sums.figures | sums_of_pass(rows, to_images))
+            total = sums if total is None else metrics.add(total, sums)
+        return metrics.summarise(total)
+
+    slow = "carlini_wagner"
+    found = summary([name for name in names if name != slow], None, description, bounds)
+    if slow in names:
+        box = bounds if bounds is not None else (float(inputs.min()), float(inputs.max()))
+        by_slow = summary([slow], carlini_wagner_examples, f"{description} (C&W)", box)
+        found[f"{slow}_examples"] = by_slow.pop("num_examples")
+        found |= {name: value for name, value in by_slow.items() if name not in found}
+    if "fgs" in names:
+        found["fgs_curve"] = {"epsilons": metrics.curve_epsilons(settings), "success": found["fgs_curve"]}
+    return found
+
+
+def fgs_accuracy(
+    apply_fn: ApplyFn,
+    variables: Any,
+    inputs: Inputs,
+    labels: Labels,
+    epsilons: Sequence[float],
+    *,
+    batch_size: int = BATCH_SIZE,
+    bounds: Bounds | None = None,
+    description: str = "accuracy under FGS",
+    show_progress: bool = True,
+    compile_fn: Callable[[BatchFn], BatchFn] = jax.jit,
+) -> list[float]:
+    """The accuracy under FGS (linf) at each epsilon; what is misclassified anyway counts as such.
+
+    epsilons: in the units of the inputs, 0 or more, in any order; compiled once for every number of them. The rest, and
+    what raises: as in `measure`.
+    """
+    check_not_empty(labels)
+    if len(epsilons) == 0 or not min(epsilons) >= 0:
+        raise ValueError(f"epsilons must be one number or more, each 0 or more; got {list(epsilons)}.")
+    batch_fn = compiled_curve(apply_fn, compile_fn)
+    box = broadcast(bounds, inputs)
+    shared = {"variables": variables, "bounds": box, "epsilons": np.asarray(epsilons, np.float32)}
+    num_right = np.zeros(len(epsilons), np.int64)
+    for batch in batches(inputs, labels, batch_size, description, show_progress):
+        num_right += np.asarray(batch_fn(shared, batch)[0])
+    return (num_right / len(labels)).tolist()
+
+
+def half_epsilon(
+    apply_fn: ApplyFn,
+    variables: Any,
+    inputs: Inputs,
+    labels: Labels,
+    *,
+    max_epsilon: float = 1.0,
+    description: str = "epsilon of 50 %",
+    **options: Any,
+) -> float | None:
+    """The smallest epsilon at which FGS (linf) has at least half of the images misclassified.
+
+    A geometric grid from max_epsilon / 1000 to max_epsilon is searched for the first epsilon at which it is so, then the
+    interval below that by evenly spaced grids, over again. FGS that fools may fail at a larger epsilon; where the share
+    rises above a half and falls below again between two points, that is missed. What is misclassified anyway counts.
+
+    Args:
+      apply_fn, variables, inputs, labels: as in `measure`.
+      max_epsilon: in the units of the inputs, more than 0.
+      description, options: of `fgs_accuracy`.
+
+    Returns:
+      epsilon, at most 0.1 % too large (below max_epsilon / 10^6: at most by that). 0.0 where half of the images are
+      misclassified as they are; None where max_epsilon does not suffice.
+    """
+    if not max_epsilon > 0:
+        raise ValueError(f"max_epsilon is {max_epsilon}; it must be more than 0.")
+
+    def first_fall(grid: Sequence[float]) -> int:
+        """The place in the grid of the first epsilon at which half of the images have fallen; after its end if none."""
+        found = fgs_accuracy(apply_fn, variables, inputs, labels, grid, description=description, **options)
+        return [*(accuracy <= 0.5 for accuracy in found), True].index(True)
+
+    grid = [0.0, *np.geomspace(max_epsilon / GRID_SPAN, max_epsilon, GRID_SIZE - 1).tolist()]
+    first = first_fall(grid)
+    if first == 0:
+        return 0.0
+    if first == GRID_SIZE:
+        return None
+    low, high = grid[first - 1 : first + 1]
+    while high - low > PRECISION * high and high > SMALLEST * max_epsilon:
+        grid = np.linspace(low, high, GRID_SIZE + 2)[1:-1].tolist()
+        first = first_fall(grid)
+        low, high = [low, *grid][first], [*grid, high][first]
+    return high
+
+
+def mean_relative_epsilon(epsilon: float, inputs: Inputs) -> float:
+    """rho_inf where one epsilon serves all images: the mean of epsilon / ||x||_inf. An all-zero input counts as 0."""
+    sizes = np.abs(inputs.reshape(len(inputs), -1)).max(axis=1).astype(np.float64)
+    return float(np.mean(np.where(sizes == 0, 0, epsilon / np.where(sizes == 0, 1, sizes))))
+
+
+@lru_cache(maxsize=32)
+def compiled_sums(apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings, compile_fn: Callable) -> BatchFn:
+    """The compiled function from a batch to its `metrics.Sums`, and to DeepFool's perturbations if PASS is asked for."""
+    on_device = tuple(dict.fromkeys("deepfool" if name == "pass" else name for name in names))
+
+    def sums(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[Sums, Rows | None]:
+        logits_fn = partial(apply_fn, shared["variables"])
+        options = dict(names=on_device, settings=settings, bounds=shared["bounds"], key=shared["key"])
+        measured = metrics.figures(logits_fn, batch["image"], batch["label"], **options)
+        rows = {"image": batch["image"], "mask": batch["mask"], "perturbation": measured.perturbation}
+        return metrics.sum_up(measured.figures, batch["mask"]), rows if "pass" in names else None
+
+    return compile_fn(sums)
+
+
+@lru_cache(maxsize=32)
+def compiled_curve(apply_fn: ApplyFn, compile_fn: Callable) -> BatchFn:
+    """The compiled function from a batch to how many are classified rightly under FGS, for each epsilon."""
+
+    def num_right(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[Array, None]:
+        logits_fn = partial(apply_fn, shared["variables"])
+        options = dict(epsilons=shared["epsilons"], bounds=shared["bounds"])
+        fooled = fgsm_success_curve(logits_fn, batch["image"], batch["label"], **options)
+        return jnp.sum(~fooled & (batch["mask"] > 0)[None], axis=1), None
+
+    return compile_fn(num_right)
+
+
+def batches(
+    inputs: Inputs, labels: Labels, batch_size: int, description: str, show_progress: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """All examples in batches of one shape, with a progress bar that moves when a batch is done."""
+    batch_size = max(1, min(batch_size, len(labels))) if batch_size > 0 else batch_size  # Others are refused below.
+    with progress(description, len(labels), "image", disable=not show_progress) as bar:
+        for batch in evaluation_batches(inputs, labels, batch_size):
+            yield batch
+            bar.update(int(batch["mask"].sum()))
+
+
+def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
+    """The sums of PASS, and of how many could not be aligned, over the rows whose mask is 1."""
+    counts = rows["mask"] > 0
+    inputs = rows["image"][counts]
+    scores, aligned = pass_scores(to_images(inputs), to_images(inputs + rows["perturbation"][counts]))
+    return {"pass": np.sum(scores), "pass_unaligned": np.float64(np.sum(~aligned))}
+
+
+def random_key(settings: Settings, batch_index: int) -> PRNGKeyArray | None:
+    """For the random starts of a batch; None if there are to be none."""
+    return None if settings.pgd_seed is None else jax.random.fold_in(jax.random.key(settings.pgd_seed), batch_index)
+
+
+def check_not_empty(labels: Labels) -> None:
+    """Raises ValueError where there is nothing to measure."""
+    if len(labels) == 0:
+        raise ValueError("There is no example to measure: the data set is empty or its limit is 0.")
+
+
+def broadcast(bounds: Bounds | None, inputs: Inputs) -> tuple[np.ndarray, ...] | None:
+    """Bounds of one example, from numbers or from arrays that broadcast to a batch."""
+    if bounds is None:
+        return None
+    try:
+        return tuple(np.broadcast_to(np.asarray(bound, inputs.dtype), (1, *inputs.shape[1:]))[0] for bound in bounds)
+    except ValueError as error:
+        shapes = " and ".join(str(np.shape(bound)) for bound in bounds)
+        raise ValueError(
+            f"bounds have the shapes {shapes}; they must be numbers or broadcast to one input, {inputs.shape[1:]}."
+        ) from error
