@@ -5,6 +5,7 @@ import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 
+import matplotlib.colors
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
@@ -66,13 +67,17 @@ def draw_lines(
     for index, (name, look) in enumerate(looks.items()):
         every = 1 if len(series[name]) <= 1.5 * most_markers else math.ceil(len(series[name]) / most_markers)
         dashes = (0, look.dashes) if look.dashes else "solid"
-        face = look.color if look.marker in "xP*" else "white"
-        (line,) = axes.plot(*series[name].T, color=look.color, linestyle=dashes, marker=look.marker, label=look.label)
+        marker = look.marker or ("." if every == 1 else "")  # A point without a neighbour is no line.
+        face = look.color if marker in ".xP*" else "white"
+        (line,) = axes.plot(*series[name].T, color=look.color, linestyle=dashes, marker=marker, label=look.label)
         line.set(markerfacecolor=face, markevery=(index * every // len(looks), every))
 
 
-def draw_legend(figure: Figure, position: str = "outside lower center") -> None:
-    """A legend beside the axes, in as many columns as fit. ValueError if no line of the figure has a point to show."""
+def draw_legend(figure: Figure) -> None:
+    """A legend below the axes, in as many columns as fit; the figure grows by its height.
+
+    ValueError if no line of the figure has a point to show.
+    """
     lines: dict[str, list[Line2D]] = {}
     for line in (line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")):
         lines.setdefault(line.get_label(), []).append(line)
@@ -85,10 +90,14 @@ def draw_legend(figure: Figure, position: str = "outside lower center") -> None:
     texts = [textwrap.fill(text, LONGEST_LABEL) for text in texts]
     handles = [same[0] for same in lines.values()]
     for columns in range(min(MOST_LEGEND_COLUMNS, len(texts)), 0, -1):
-        legend = figure.legend(handles, texts, loc=position, ncols=columns, columnspacing=1.2)
+        legend = figure.legend(handles, texts, loc="outside lower center", ncols=columns, columnspacing=1.2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            return
+            break
         legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + legend.get_window_extent().height / figure.dpi)
 
 
 def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[np.ndarray, str, str]]) -> None:
@@ -101,41 +110,47 @@ def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[np.ndarray, str, 
     ]
     markers = np.concatenate(lines)
     drawn = np.concatenate([markers, *segments])
-    pixels = figure.dpi / 72  # In a point.
+    dots = figure.dpi / 72  # In a point.
     taken: list[Bbox] = []
     for point, text, color in notes:
         note = axes.annotate(text, point, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=7)
-        note.set(color=color, path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")])
+        darker = 0.7 * np.array(matplotlib.colors.to_rgb(color))  # Small type needs more contrast than lines.
+        note.set(color=tuple(darker), path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")])
         note.set_in_layout(False)
         size = np.array(note.get_window_extent().size)
         choices = []
         for distance in (5, 9, 14):
             for direction in DIRECTIONS:
-                offset = np.array(direction) * (size / 2 + distance * pixels * (0.7 if all(direction) else 1))
+                offset = np.array(direction) * (size / 2 + distance * dots * (0.7 if all(direction) else 1))
                 center = axes.transData.transform(point) + offset
                 box = Bbox([center - size / 2, center + size / 2])
-                covered = box.padded(pixels).count_contains(drawn) + 20 * box.padded(3 * pixels).count_contains(markers)
-                covered += 50 * box.padded(pixels).count_overlaps(taken)
+                covered = box.padded(dots).count_contains(drawn) + 20 * box.padded(3 * dots).count_contains(markers)
+                covered += 50 * box.padded(dots).count_overlaps(taken)
                 covered += 200 * (not all(axes.bbox.contains(*corner) for corner in box.get_points()))
-                choices.append((covered + distance / 10, len(choices), offset / pixels, box))
+                choices.append((covered + distance / 10, len(choices), offset / dots, box))
         *_, offset, box = min(choices)
         note.set_position(tuple(offset))
         taken.append(box)
 
 
-def draw_image(axes: Axes, image: np.ndarray, above: str, below: str) -> None:
-    """An image without axes, with text above and below. ValueError unless it is (h, w), (h, w, 1) or (h, w, 3)."""
-    image = np.asarray(image, dtype=float)
+def pixels(image: np.ndarray) -> np.ndarray:
+    """What to draw of an image: (h, w) or (h, w, 3), clipped to 0..1, 0 for NaN.
+
+    ValueError unless the image is (h, w), (h, w, 1) or (h, w, 3).
+    """
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)) or not image.size:
         raise ValueError(f"an image must be (height, width), with 1 or 3 channels behind or none; got {image.shape}.")
-    pixels = np.clip(np.nan_to_num(image, nan=0.0), 0, 1)
-    if pixels.shape[2:] == (1,):
-        pixels = pixels[:, :, 0]
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    clipped = np.clip(np.nan_to_num(image.astype(float), nan=0.0), 0, 1)
+    return clipped[:, :, 0] if image.shape[2:] == (1,) else clipped
+
+
+def draw_image(axes: Axes, image: np.ndarray, above: str, below: str) -> None:
+    """An image of `pixels` without axes, with plain text above and text that may hold mathematics below."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    axes.set_title(above, fontsize=8, pad=3)
-    axes.set_xlabel(below, fontsize=8, labelpad=3)
+    axes.set_title(above, fontsize=7.5, pad=3, parse_math=False)
+    axes.set_xlabel(below, fontsize=7.5, labelpad=3)
 
 
 def save(figure: Figure, folder: pathlib.Path | str, name: str) -> Paths:

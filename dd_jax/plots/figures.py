@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dd_jax.plots import drawing
 from dd_jax.plots.drawing import Number, Numbers, Paths, Points
-from dd_jax.plots.looks import Look, looks, plain, style
+from dd_jax.plots.looks import Look, looks, style
 
 COLUMN_WIDTH, TEXT_WIDTH = 3.4, 5.5  # Inches, of papers in two columns and in one.
-PANELS_PER_ROW, LONGEST_PANEL_LABEL = 8, 13
+PANELS_PER_ROW, LONGEST_PANEL_LABEL, LINE_HEIGHT = 8, 13, 0.16
 SWEPT = {"deep_defense": "$c$", "adversarial_fgsm": r"$\epsilon$", "deep_defense_fgsm": r"$\epsilon$"}
 RHO = r"Robustness $\rho_2$"
 STAGES = {"reference": "reference", "defended": "fine-tuning"}
@@ -40,7 +41,7 @@ def success_over_epsilon_figure(curves: Mapping[str, Sequence[Numbers]], *, unit
 
     Args:
       curves: per method its epsilons and, at each of them, the success rate, 0 to 1. The order does not matter.
-      unit: of epsilon, as the axis names it.
+      unit: of epsilon, as the axis names it; may hold mathematics between dollars.
 
     Raises:
       ValueError: not a point to draw, lists of unequal length, or rates that are no fractions.
@@ -50,10 +51,10 @@ def success_over_epsilon_figure(curves: Mapping[str, Sequence[Numbers]], *, unit
             raise ValueError(f"{name}'s curve must be two lists of equal length, epsilons and success rates.")
     series = {name: drawing.sort(drawing.table(list(zip(*curve, strict=True)), 2), 0) for name, curve in curves.items()}
     series = drawing.in_percent("success rates", series, 1)
-    figure, (axes,) = drawing.new_figure((COLUMN_WIDTH, 3.0), 1)
+    figure, (axes,) = drawing.new_figure((COLUMN_WIDTH, 2.3), 1)
     axes.axhline(50, color="0.45", linewidth=0.7, dashes=(2, 2), zorder=1)  # Where the paper compares epsilons.
     drawing.draw_lines(axes, series, looks(list(series)))
-    axes.set_xlabel(rf"Size $\epsilon$ of the FGS perturbation ($\ell_\infty$, {plain(unit)})")
+    axes.set_xlabel(rf"Size $\epsilon$ of the FGS perturbation ($\ell_\infty$, {unit})")
     axes.margins(x=0.03)
     axes.set(ylabel="FGS success rate (%)", ylim=(-3, 103), yticks=range(0, 101, 20))
     drawing.draw_legend(figure)
@@ -81,7 +82,7 @@ def robustness_over_accuracy_figure(points: Mapping[str, Points], *, swept: Mapp
     series = drawing.in_percent("accuracies", series, 0)
     series = {name: rows if np.isnan(rows[:, 2]).any() else drawing.sort(rows, 2) for name, rows in series.items()}
     looks_of = looks(list(series))
-    figure, (axes,) = drawing.new_figure((COLUMN_WIDTH, 3.0), 1)
+    figure, (axes,) = drawing.new_figure((COLUMN_WIDTH, 2.3), 1)
     drawing.draw_lines(axes, {name: rows[:, :2] for name, rows in series.items()}, looks_of, most_markers=math.inf)
     for line in axes.lines:
         line.set_zorder(3 if len(line.get_xdata()) == 1 else 2)  # No line hides a point that stands alone.
@@ -138,26 +139,33 @@ def fooling_examples_figure(
     """
     if not examples:
         raise ValueError("There is no example to draw; give one or more.")
-    fill = lambda text: textwrap.fill(plain(text), LONGEST_PANEL_LABEL)
-    images = [image, *(example.image for example in examples)]
+    images = [drawing.pixels(each) for each in (image, *(example.image for example in examples))]
     names = ["Original", *(looks([example.method])[example.method].label for example in examples)]
-    names = ["\n".join(map(fill, name.replace(" (", "\n(").replace(" + ", "\n+ ").split("\n"))) for name in names]
-    classes = ["" if label is None else fill(f"class {label}")]
-    classes += [fill(f"taken for {example.label}") for example in examples]
+    names = [_wrap(name.replace(" (", "\n(").replace(" + ", "\n+ ")) for name in names]
+    classes = ["" if label is None else _wrap(f"class {label}")]
+    classes += [_wrap(f"taken for {example.label}") for example in examples]
     most_lines = max(text.count("\n") for text in classes)
+    classes = [text.replace("$", r"\$") + "\n" * (most_lines - text.count("\n")) for text in classes]
     ratios = drawing.table([[example.ratio] for example in examples], 1)[:, 0]
     sizes = ["", *(rf"$\rho_2$ = {'no data' if np.isnan(ratio) else f'{ratio:.3f}'}" for ratio in ratios)]
-    below = [
-        text + "\n" * (most_lines - text.count("\n") + 1) + size for text, size in zip(classes, sizes, strict=True)
-    ]
+    below = [f"{text}\n{size}" for text, size in zip(classes, sizes, strict=True)]
     rows = math.ceil(len(images) / PANELS_PER_ROW)
     columns = math.ceil(len(images) / rows)
-    figure, all_axes = drawing.new_figure((TEXT_WIDTH * columns / PANELS_PER_ROW, 1.4 * rows), columns, rows)
+    width = TEXT_WIDTH / PANELS_PER_ROW
+    num_lines = max(name.count("\n") for name in names) + most_lines + 3
+    height = width * max(each.shape[0] / each.shape[1] for each in images) + LINE_HEIGHT * num_lines
+    figure, all_axes = drawing.new_figure((width * columns, height * rows), columns, rows)
     for axes, *panel in zip(all_axes, images, names, below, strict=False):
         drawing.draw_image(axes, *panel)
     for axes in all_axes[len(images) :]:
         axes.remove()
     return figure
+
+
+def _wrap(text: str) -> str:
+    """In lines that a panel is wide enough for, three for each that there was at most."""
+    fill = lambda line: textwrap.fill(line, LONGEST_PANEL_LABEL, max_lines=3, placeholder=" ...")
+    return "\n".join(map(fill, text.split("\n")))
 
 
 def training_over_epochs(folder: pathlib.Path | str, histories: Mapping[str, Points]) -> Paths:
@@ -177,11 +185,11 @@ def training_over_epochs_figure(histories: Mapping[str, Points]) -> Figure:
     """
     series = {name: drawing.sort(drawing.table(rows, 3), 0) for name, rows in histories.items()}
     series = drawing.in_percent("accuracies", series, 1)
-    figure, (left, right) = drawing.new_figure((TEXT_WIDTH, 2.7), 2)
+    figure, (left, right) = drawing.new_figure((TEXT_WIDTH, 2.2), 2)
     for axes, column in ((left, 1), (right, 2)):
         drawing.draw_lines(axes, {name: rows[:, [0, column]] for name, rows in series.items()}, looks(list(series)))
         axes.set_xlabel("Epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     left.set_ylabel("Test accuracy (%)")
     right.set_ylabel(RHO)
     drawing.draw_legend(figure)
@@ -207,9 +215,9 @@ def single_run_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     rows, starts = _one_after_the_other(lines)
     curves = {key: drawing.table([[row["step"], row[key]] for row in rows if key in row], 2) for key in RUN_LOOKS}
     curves |= drawing.in_percent("accuracies", {key: curves[key] for key in ("correct", "accuracy")}, 1)
-    panels = {name: [key for key in keys if len(curves[key])] for name, keys in RUN_PANELS.items()}
+    panels = {name: [key for key in keys if np.isfinite(curves[key]).all(1).any()] for name, keys in RUN_PANELS.items()}
     panels = {name: keys for name, keys in panels.items() if keys} or RUN_PANELS
-    figure, all_axes = drawing.new_figure((COLUMN_WIDTH, 0.8 + 1.3 * len(panels)), 1, len(panels), sharex=True)
+    figure, all_axes = drawing.new_figure((COLUMN_WIDTH, 0.4 + 1.2 * len(panels)), 1, len(panels), sharex=True)
     for axes, (name, keys) in zip(all_axes, panels.items(), strict=True):
         drawing.draw_lines(axes, curves, {key: RUN_LOOKS[key] for key in keys})
         axes.set_ylabel(name)
@@ -217,17 +225,22 @@ def single_run_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_yscale("log")
         for start in list(starts.values())[1:]:
             axes.axvline(start, color="0.45", linewidth=0.7, dashes=(2, 2), zorder=1)
-    for index, (stage, start) in enumerate(starts.items()):
-        name, before = STAGES.get(stage, plain(stage)), index == 0 and len(starts) > 1
-        place, offset = (list(starts.values())[1], (-4, 3)) if before else (start, (4 * (index > 0), 3))
-        top = all_axes[0].get_xaxis_transform()
-        style_of_name = {"textcoords": "offset points", "ha": "right" if before else "left", "fontsize": 8}
-        all_axes[0].annotate(name, (place, 1), offset, xycoords=top, **style_of_name)
+    _name_stages(all_axes[0], [STAGES.get(stage, stage) for stage in starts], list(starts.values()))
     all_axes[-1].set_xlabel("Step")
-    all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     figure.align_ylabels()
     drawing.draw_legend(figure)
     return figure
+
+
+def _name_stages(axes: Axes, names: Sequence[str], starts: Sequence[int]) -> None:
+    """Writes the first two stages' names above the axes, on both sides of where the second starts."""
+    options = {"textcoords": "offset points", "fontsize": 8, "parse_math": False}
+    if len(names) == 1:
+        axes.annotate(names[0], (0, 1), (0, 3), xycoords="axes fraction", **options)
+        return
+    for name, side, alignment in zip(names, (-4, 4), ("right", "left"), strict=False):
+        axes.annotate(name, (starts[1], 1), (side, 3), xycoords=axes.get_xaxis_transform(), ha=alignment, **options)
 
 
 def _one_after_the_other(lines: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:

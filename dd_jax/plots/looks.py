@@ -59,18 +59,21 @@ MARKERS = ("<", ">", "p", "h", "*")
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """The look of each method. One not in LOOKS goes by its own name and gets its look by its place among such."""
+    """The look of each method. One not in LOOKS goes by its own name and gets its look by its place among such.
+
+    Labels are plain text: draw them with `parse_math=False`.
+    """
     unknown = [name for name in methods if name not in LOOKS]
     place = {name: index for index, name in enumerate(unknown)}
     choose = lambda choices, name: choices[place[name] % len(choices)]
-    own = lambda name: Look(plain(name), *(choose(choices, name) for choices in (COLORS, DASHES, MARKERS)))
+    own = lambda name: Look(_shown(name), *(choose(choices, name) for choices in (COLORS, DASHES, MARKERS)))
     return {name: own(name) if name in place else LOOKS[name] for name in methods}
 
 
-def plain(text: str) -> str:
-    """Text as Matplotlib shows it unchanged: no mathematics, and no leading underscore, which hides it in legends."""
-    text = " ".join(text.split()).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+def _shown(name: str) -> str:
+    """A name in one line, and without a leading underscore, which hides it from legends."""
+    name = " ".join(name.split())
+    return f" {name}" if name.startswith("_") else name
 
 
 @contextlib.contextmanager
