@@ -28,12 +28,13 @@ KERNELS = {
     },
 }  # fmt: skip
 NUM_PARAMETERS = {"mlp": 469_160, "lenet": 431_080, "convnet": 145_578, "nin": 966_986}
-each_net = pytest.mark.parametrize("name", models.NAMES)
+NAMES = tuple(KERNELS)  # Those for ImageNet are in test_imagenet_models.py.
+each_net = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return {name: dict(np.load(GOLDEN / f"{name}.npz")) for name in models.NAMES}
+    return {name: dict(np.load(GOLDEN / f"{name}.npz")) for name in NAMES}
 
 
 def golden_params(arrays, name, dtype):
@@ -162,8 +163,8 @@ def test_dropout_keeps_half_and_doubles_it(nin):
 
 
 def test_names_and_shapes():
-    assert models.NAMES == ("mlp", "lenet", "convnet", "nin")
-    assert [models.input_shape(name) for name in models.NAMES] == [(28, 28, 1)] * 2 + [(32, 32, 3)] * 2
+    assert models.NAMES == (*NAMES, "alexnet", "alexnet_torchvision", "resnet18")
+    assert [models.input_shape(name) for name in NAMES] == [(28, 28, 1)] * 2 + [(32, 32, 3)] * 2
 
 
 @pytest.mark.parametrize("call", [models.create, models.input_shape])

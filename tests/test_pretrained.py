@@ -25,7 +25,7 @@ def lenet_state_dict(num_classes=10, dtype=np.float32):
     return {entry: np.arange(np.prod(shape), dtype=dtype).reshape(shape) for entry, shape in entries.items()}
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", ["mlp", "lenet", "convnet", "nin"])
 def test_the_tree_is_the_one_that_init_makes(name):
     params = from_torch(name, golden_state_dict(name))
     images = jax.ShapeDtypeStruct((1, *models.input_shape(name)), jnp.float32)
