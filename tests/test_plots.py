@@ -163,6 +163,14 @@ def test_notes_hide_no_point_and_no_other_note():
         assert all(axes.bbox.contains(*corner) for corner in box.get_points())
 
 
+def test_notes_of_methods_at_the_same_point_stand_apart():
+    together = {name: [(0.98, 0.1, 5)] for name in METHODS[:4]}
+    (axes,) = plots.robustness_over_accuracy_figure(together).axes
+    boxes = [note.get_window_extent() for note in axes.texts]
+    assert len(boxes) == 4
+    assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (12, 20, 3)])
 def test_fooling_examples_stand_beside_the_original(shape):
     image = np.linspace(-0.5, 1.5, np.prod(shape)).reshape(shape).astype(np.float32)
