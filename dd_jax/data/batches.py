@@ -61,7 +61,7 @@ def training_batch(
     if seed < 0 or step < 0:
         raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}")
     epoch, position = divmod(step, steps_per_epoch(len(labels), batch_size))
-    rows = _epoch_order(len(labels), seed, epoch)[position * batch_size : (position + 1) * batch_size]
+    rows = epoch_order(len(labels), seed, epoch)[position * batch_size : (position + 1) * batch_size]
     image = images[rows]
     if flip:
         flipped = np.random.default_rng((FLIP_STREAM, seed, step)).random(batch_size) < 0.5
@@ -105,7 +105,8 @@ def evaluation_batches(images: Images, labels: Labels, batch_size: int) -> Itera
 
 # Two epochs, so that the steps on either side of an epoch's end may be asked for in turn.
 @functools.lru_cache(maxsize=2)
-def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of the examples in an epoch: a permutation, int64 `(num_examples,)`, not to be written to."""
     order = np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(num_examples)
     order.flags.writeable = False  # the cache hands the same array to everyone
     return order

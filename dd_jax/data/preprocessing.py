@@ -6,6 +6,7 @@ A perturbation, its size, and rho mean something only together with the space th
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ DESCRIPTIONS = {
     "none": "pixels as they are",
     "mean_image": "minus the mean training image",
     "contrast_whiten": "minus the mean training image, contrast-normalised per image, ZCA-whitened as in cnn_cifar.m",
+    "caffe": "BGR, minus Caffe's mean ImageNet colour",
+    "torchvision": "RGB, minus torchvision's mean ImageNet colour, divided by its standard deviations",
 }
 PREPROCESSINGS = tuple(DESCRIPTIONS)
 # Grey levels to a unit of the input: ||perturbation||_2 in the input space then is the paper's l_2 as it stands.
@@ -29,8 +32,17 @@ LOWEST_CONTRAST = np.float32(40)
 # images although it sums only the 50,000 for training. With the true covariance that is this floor (and no other
 # difference: the scale cancels everywhere else).
 EIGENVALUE_ROOT_FLOOR = 10 * np.sqrt(60_000 / 50_000)
-# Images held as float32 at once, 25 MB of CIFAR-10.
+# Those that have constants of their own: `Preprocessing(name)` is complete, no training images are needed.
+UNFITTED = ("none", "caffe", "torchvision")
+# Grey levels, in the order of the net's channels: https://github.com/BVLC/caffe, models/bvlc_alexnet (the mean of
+# imagenet_mean.binaryproto over the pixels: blue, green, red), and https://docs.pytorch.org/vision, models (red, green,
+# blue; given there for pixels in 0..1).
+CAFFE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], np.float32)
+TORCHVISION_MEAN = np.array([0.485, 0.456, 0.406], np.float32) * PIXEL_SCALE
+TORCHVISION_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+# Images held as float32 at once, 25 MB of CIFAR-10; or fewer, by the number of values, of larger images.
 IMAGES_PER_CHUNK = 2_000
+VALUES_PER_CHUNK = IMAGES_PER_CHUNK * 32 * 32 * 3
 
 
 class Preprocessing(NamedTuple):
@@ -38,7 +50,7 @@ class Preprocessing(NamedTuple):
 
     Attributes:
       name: one of `PREPROCESSINGS`.
-      mean_image: float32 `(h, w, c)`, the mean training image in grey levels; None for "none".
+      mean_image: float32 `(h, w, c)`, the mean training image in grey levels; None for those of `UNFITTED`.
       mean_contrast: float32 `()`, the mean over the training images of their standard deviations, in grey levels; only
         for "contrast_whiten".
       whitening: float32 `(h*w*c, h*w*c)`, symmetric; only for "contrast_whiten".
@@ -53,24 +65,28 @@ class Preprocessing(NamedTuple):
         """Maps uint8 images `(n, h, w, c)`, 0..255, to float32 inputs of the same shape; n may be 0.
 
         Raises:
-          ValueError: images that are not uint8, or of another shape than those it was fitted on.
+          ValueError: images that are not uint8, or of another shape than those it was fitted on; other than three
+            channels for "caffe" and "torchvision".
         """
         _check_images(images)
+        _check_colours(self.name, images)
         if self.mean_image is not None and images.shape[1:] != self.mean_image.shape:
             raise ValueError(
                 f"the preprocessing {self.name!r} was fitted on images of shape {self.mean_image.shape}, got images of"
                 f" shape {images.shape[1:]}: fit it on training images of this shape"
             )
         inputs = np.empty(images.shape, np.float32)
-        for start in range(0, len(images), IMAGES_PER_CHUNK):
-            chunk = slice(start, start + IMAGES_PER_CHUNK)
+        images_per_chunk = min(IMAGES_PER_CHUNK, max(VALUES_PER_CHUNK // max(inputs[:1].size, 1), 1))
+        for start in range(0, len(images), images_per_chunk):
+            chunk = slice(start, start + images_per_chunk)
             inputs[chunk] = self._levels(images[chunk]) / PIXEL_SCALE
         return inputs
 
     @property
     def description(self) -> str:
         """One line for a report: what was done to the pixels, and the unit."""
-        return f"{self.name} ({DESCRIPTIONS[self.name]}; 0..255 becomes 0..1)"
+        unit = "0..255 becomes 0..1" + " before the division" * (self.name == "torchvision")
+        return f"{self.name} ({DESCRIPTIONS[self.name]}; {unit})"
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz file, whole or not at all: 38 MB for whitened CIFAR-10, a few kB else."""
@@ -100,6 +116,10 @@ class Preprocessing(NamedTuple):
         """Everything but the division by 255."""
         if self.name == "none":
             return images.astype(np.float32)
+        if self.name == "caffe":
+            return _by_colour(np.subtract, images[..., ::-1], CAFFE_MEAN)
+        if self.name == "torchvision":
+            return _by_colour(np.divide, _by_colour(np.subtract, images, TORCHVISION_MEAN), TORCHVISION_DEVIATION)
         if self.name == "mean_image":
             return images - self.mean_image
         levels = _normalised_contrast(images, self.mean_image)[0] * self.mean_contrast
@@ -110,6 +130,10 @@ def fit(name: str, train_images: Images) -> Preprocessing:
     r"""Fits one of the paper's input spaces on training images.
 
     - "none": `x / 255`. Nothing is fitted.
+    - "caffe" (the paper's ImageNet): `(x - mean) / 255` of the channels in the order blue, green, red, with the mean
+      colour 104.00698793, 116.66876762, 122.67891434. Nothing is fitted.
+    - "torchvision": `(x / 255 - mean) / std`, with the mean .485, .456, .406 and the std .229, .224, .225 of red, green
+      and blue. Nothing is fitted. A unit of the input is std times a pixel's range here.
     - "mean_image" (the paper's MNIST): `(x - mean) / 255` with the mean training image.
     - "contrast_whiten" (the paper's CIFAR-10), on grey levels and, from the second step on, on an image as one vector
       of d = h*w*c values:
@@ -133,14 +157,16 @@ def fit(name: str, train_images: Images) -> Preprocessing:
         "contrast_whiten" unless the mean image tells them apart.
 
     Raises:
-      ValueError: unknown name, images that are not uint8 of rank 4, or none at all.
+      ValueError: unknown name, images that are not uint8 of rank 4, none at all, or of a number of channels that the
+        preprocessing has no constants for.
     """
     if name not in PREPROCESSINGS:
         raise ValueError(f"unknown preprocessing {name!r}: choose one of {', '.join(PREPROCESSINGS)}")
     _check_images(train_images)
     if len(train_images) == 0:
         raise ValueError(f"the preprocessing {name!r} cannot be fitted without training images")
-    if name == "none":
+    _check_colours(name, train_images)
+    if name in UNFITTED:
         return Preprocessing(name)
     mean_image = train_images.mean(axis=0, dtype=np.float64).astype(np.float32)
     if name == "mean_image":
@@ -161,14 +187,30 @@ def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None
     """Returns the least and the greatest input that a pixel can become, or None where they are not one by one.
 
     "none" has the bounds 0 and 1, of shape `()`; "mean_image" has `-mean/255` and `1 - mean/255`, float32 of shape
-    `(1, h, w, c)` that broadcasts against a batch; whitening mixes the pixels, and has none.
+    `(1, h, w, c)` that broadcasts against a batch; "caffe" and "torchvision" what black and white become, `(1, 1, 1, 3)`;
+    whitening mixes the pixels, and has none.
     """
     if preprocessing.name == "contrast_whiten":
         return None
     if preprocessing.name == "none":
         return np.asarray(np.float32(0)), np.asarray(np.float32(1))
+    if preprocessing.name in UNFITTED:
+        return tuple(preprocessing(np.full((1, 1, 1, 3), level, np.uint8)) for level in (0, 255))
     mean_image = preprocessing.mean_image[None]
     return (0 - mean_image) / PIXEL_SCALE, (PIXEL_SCALE - mean_image) / PIXEL_SCALE
+
+
+def make_to_images(preprocessing: Preprocessing) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns the way back from inputs `(n, h, w, c)` to images in RGB with 0..1 for black..white, or None with `bounds`.
+
+    What a perturbation has led out of the bounds is led out of 0..1.
+    """
+    limits = bounds(preprocessing)
+    if limits is None:
+        return None
+    lower, upper = limits
+    order = -1 if preprocessing.name == "caffe" else 1
+    return lambda inputs: ((inputs - lower) / (upper - lower))[..., ::order]
 
 
 def _normalised_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,6 +221,12 @@ def _normalised_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.nda
     contrasts = np.sqrt(np.einsum("nd,nd->n", levels, levels) / max(levels.shape[1] - 1, 1))
     levels /= np.maximum(contrasts, LOWEST_CONTRAST)[:, None]
     return levels, contrasts
+
+
+def _by_colour(operation: np.ufunc, images: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Returns `operation(images, colour)`, in rows of pixels: NumPy takes three times as long for steps of three values."""
+    rows = images.reshape(*images.shape[:2], -1)
+    return operation(rows, np.tile(colour, images.shape[2])).reshape(images.shape)
 
 
 def _whitening(covariance: np.ndarray) -> np.ndarray:
@@ -195,3 +243,11 @@ def _whitening(covariance: np.ndarray) -> np.ndarray:
 def _check_images(images: np.ndarray) -> None:
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"expected uint8 images (n, h, w, c) in 0..255, got {images.dtype} of shape {images.shape}")
+
+
+def _check_colours(name: str, images: np.ndarray) -> None:
+    if name in ("caffe", "torchvision") and images.shape[-1] != 3:
+        raise ValueError(
+            f'the preprocessing {name!r} is for images of three channels, got {images.shape[-1]}: use "none" or'
+            ' "mean_image"'
+        )

@@ -143,14 +143,9 @@ def prepared_directory(name: str, root: Path) -> Path:
     Raises:
       DataError: there is none, or only files of another format.
     """
-    versions = [
-        folder
-        for folder in (root / name).glob("*")
-        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and (folder / "dataset_info.json").is_file()
-    ]
-    versions.sort(key=lambda folder: [int(part) for part in folder.name.split(".")], reverse=True)
+    versions = prepared_versions(name, root)
     for folder in versions:
-        if all(any(folder.glob(f"{name}-{split}.array_record*")) for split in ("train", "test")):
+        if has_splits(folder, name, ("train", "test")):
             return folder
     if versions:
         raise DataError(
@@ -163,6 +158,21 @@ def prepared_directory(name: str, root: Path) -> Path:
         f"{name} is not in {root} (expected {root / name / TFDS_SETS[name].version}/*.array_record*): download it with"
         f" `{download_command(name, root)}`, or use --config.data.name=digits, which needs no download"
     )
+
+
+def prepared_versions(name: str, root: Path) -> list[Path]:
+    """Returns the directories of a TFDS set's versions under `root`, in whatever file format, the newest first."""
+    versions = [
+        folder
+        for folder in (root / name).glob("*")
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and (folder / "dataset_info.json").is_file()
+    ]
+    return sorted(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], reverse=True)
+
+
+def has_splits(folder: Path, name: str, splits: tuple[str, ...]) -> bool:
+    """Whether a version's directory holds array_record files of all these splits."""
+    return all(any(folder.glob(f"{name}-{split}.array_record*")) for split in splits)
 
 
 def _find_or_download(name: str, root: Path, download: bool) -> Path:

@@ -1,0 +1,358 @@
+"""Batches of images that are read, decoded and augmented while the net trains, in worker processes.
+
+    images = data.open_images("image_folder", data_dir="/data/imagenet")
+    options = dict(crop_size=224, batch_size=256, preprocessing=Preprocessing("torchvision"), num_workers=16)
+    with data.training_stream(images.train, num_steps=50_000, seed=0, **options) as stream:
+        batch = stream(step)                  # {"image", "label", "mask"}; the step after is prepared meanwhile
+        pace = stream.pace()                  # how long the last steps waited for their images
+    with data.evaluation_stream(images.test, **options) as stream:
+        for batch in stream: ...
+
+A batch is a pure function of the seed and its number, whatever the workers: the position in the data IS the step, as
+in `batches`. Of several processes each makes its own rows of the same global batch.
+
+An image that cannot be decoded leaves its place in the batch empty (zeros, label 0, mask 0) and its name in
+`stream.failures`.
+
+Grain runs the workers. They are started afresh ("spawn"), import what the program's main module imports (guard it with
+`if __name__ == "__main__"`), JAX included, but start no XLA backend and hold no accelerator.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dd_jax.data import images as decoding
+from dd_jax.data.batches import Batch, epoch_order, steps_per_epoch
+from dd_jax.data.encoded import EncodedImages, UnreadableError
+from dd_jax.data.preprocessing import Preprocessing
+from dd_jax.data.sources import DataError
+
+# First word of the crops' seeds; `batches` has 1 and 2.
+CROP_STREAM = 3
+# Without a single one that can be decoded among the first so many images, the data are taken to be something else.
+IMAGES_BEFORE_GIVING_UP = 100
+# Finished batches that wait in each worker, and again in the main process, beside the one in the making.
+BATCHES_WAITING = 1
+# Batches go through pipes: Grain's shared memory crashes where /dev/shm is small (64 MB in many containers), has to be
+# freed in time, and for uint8 takes the main process as long.
+NO_SHARED_MEMORY = 2**62
+
+
+class Pace(NamedTuple):
+    """How fast images came and were used, over the batches since the last call of `pace`.
+
+    Attributes:
+      images_per_second: used, by this process: decoded images over the time that passed.
+      pipeline_images_per_second: what the workers could deliver if nobody paused: images over the seconds they worked
+        for them, times the number of workers. Close to `images_per_second` where the input is what holds a run up.
+      waiting: the share of the time, 0..1, that the consumer waited for a batch.
+    """
+
+    images_per_second: float
+    pipeline_images_per_second: float
+    waiting: float
+
+
+def training_stream(
+    images: EncodedImages,
+    *,
+    crop_size: int,
+    batch_size: int,
+    num_steps: int,
+    seed: int,
+    preprocessing: Preprocessing | None = None,
+    flip: bool = True,
+    short_side: int = 256,
+    interpolation: str = "bilinear",
+    num_workers: int = 0,
+    shard_index: int = 0,
+    num_shards: int = 1,
+) -> "BatchStream":
+    """Returns the batches of the steps 0 to `num_steps` - 1, shuffled, each image cropped at random.
+
+    The order is that of `batches.training_batch`: a fresh permutation in each epoch, without the incomplete last batch.
+    The crop and its mirroring depend on the seed, the epoch and the image's row alone.
+
+    Args:
+      images: n of them.
+      crop_size: the side of the net's input, at most `short_side`.
+      batch_size: b, the global one: over all processes, at most n.
+      num_steps: nothing is prepared beyond it.
+      seed: not negative.
+      preprocessing: applied in this process, in a thread beside the training; None leaves the pixels uint8.
+      flip: mirror an image with probability 1/2.
+      short_side, interpolation: as in `images.resized`.
+      num_workers: processes that prepare batches, a whole one each; 0 prepares each when it is asked for.
+      shard_index, num_shards: this process, of how many. Process i gets the rows from `i * b / num_shards` on.
+
+    Raises:
+      ValueError: sizes or numbers that do not fit together.
+    """
+    if seed < 0 or num_steps < 0:
+        raise ValueError(f"seed and num_steps must not be negative, got seed {seed} and num_steps {num_steps}")
+    steps_per_epoch(len(images), batch_size)  # refuses what makes no batch
+    pixels = (crop_size, short_side, interpolation)
+    source = BatchSource(
+        images, preprocessing, *pixels, batch_size, shard_index, num_shards, num_steps, seed=seed, flip=flip
+    )
+    return BatchStream(source, num_workers)
+
+
+def evaluation_stream(
+    images: EncodedImages,
+    *,
+    crop_size: int,
+    batch_size: int,
+    preprocessing: Preprocessing | None = None,
+    short_side: int = 256,
+    interpolation: str = "bilinear",
+    num_workers: int = 0,
+    shard_index: int = 0,
+    num_shards: int = 1,
+) -> "BatchStream":
+    """Returns all images in order, their centres, in batches of one shape; no image is left out or comes twice.
+
+    The last batch is filled up with empty places. Every process gets as many batches as every other, if need be with
+    nothing in them. Arguments as for `training_stream`; `batch_size` may exceed the number of images.
+
+    Raises:
+      ValueError: sizes or numbers that do not fit together.
+    """
+    num_batches = -(-len(images) // max(batch_size, 1))
+    pixels = (crop_size, short_side, interpolation)
+    source = BatchSource(images, preprocessing, *pixels, batch_size, shard_index, num_shards, num_batches)
+    return BatchStream(source, num_workers)
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class BatchSource:
+    """Makes any batch from its number alone, in any process; arguments as for the streams.
+
+    Attributes:
+      seed: None for evaluation: in order, central crops.
+    """
+
+    images: EncodedImages
+    preprocessing: Preprocessing | None
+    crop_size: int
+    short_side: int
+    interpolation: str
+    batch_size: int
+    shard_index: int
+    num_shards: int
+    num_batches: int
+    seed: int | None = None
+    flip: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.num_shards < 1 or self.batch_size % self.num_shards:
+            raise ValueError(
+                f"batch_size must be a positive multiple of the number of processes, got {self.batch_size} for"
+                f" {self.num_shards}"
+            )
+        if not 0 <= self.shard_index < self.num_shards:
+            raise ValueError(f"shard_index must be between 0 and {self.num_shards - 1}, got {self.shard_index}")
+        if not 1 <= self.crop_size <= self.short_side:
+            raise ValueError(f"crop_size must be between 1 and short_side, got {self.crop_size} of {self.short_side}")
+        if self.interpolation not in decoding.INTERPOLATIONS:
+            choices = ", ".join(decoding.INTERPOLATIONS)
+            raise ValueError(f"unknown interpolation {self.interpolation!r}: choose one of {choices}")
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self.num_batches
+
+    @property
+    def local_batch_size(self) -> int:
+        """Number of rows that this process makes of every batch."""
+        return self.batch_size // self.num_shards
+
+    @property
+    def num_rows(self) -> int:
+        """Number of images that this process reads in an epoch, or of an evaluation."""
+        full, rest = divmod(len(self.images), self.batch_size)
+        ragged = 0 if self.seed is not None else rest - self.shard_index * self.local_batch_size
+        return full * self.local_batch_size + min(max(ragged, 0), self.local_batch_size)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Returns the batch, uint8, with what is to be known: `failures`, (name, reason) each, and `seconds` of work."""
+        start = time.perf_counter()
+        epoch, rows = self.rows(number)
+        pixels = np.zeros((self.local_batch_size, self.crop_size, self.crop_size, 3), np.uint8)
+        label, mask = np.zeros(len(pixels), np.int32), np.zeros(len(pixels), np.float32)
+        failures = []
+        for place, row in enumerate(rows.tolist()):
+            try:
+                name, encoded, label_of_row = self.images[row]
+                pixels[place] = self._crop(encoded, epoch, row, name)
+            except UnreadableError as error:
+                failures.append((error.name, error.reason))
+            else:
+                label[place], mask[place] = label_of_row, 1
+        seconds = time.perf_counter() - start
+        return {"image": pixels, "label": label, "mask": mask, "failures": tuple(failures), "seconds": seconds}
+
+    def preprocessed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch with its images in the net's input space; empty places stay zeros."""
+        if self.preprocessing is None:
+            return batch
+        image = self.preprocessing(batch["image"])
+        image[batch["mask"] == 0] = 0
+        return {**batch, "image": image}
+
+    def rows(self, number: int) -> tuple[int, np.ndarray]:
+        """Returns the epoch of a batch, and which images are this process's part of it: as many as there are."""
+        epoch = 0
+        order = np.arange(len(self.images))
+        if self.seed is not None:
+            epoch, number = divmod(number, steps_per_epoch(len(self.images), self.batch_size))
+            order = epoch_order(len(self.images), self.seed, epoch)
+        first = number * self.batch_size + self.shard_index * self.local_batch_size
+        return epoch, order[first : first + self.local_batch_size]
+
+    def _crop(self, encoded: bytes, epoch: int, row: int, name: str) -> decoding.Pixels:
+        try:
+            pixels = decoding.resized(encoded, self.short_side, self.interpolation)
+        except decoding.DecodeError as error:
+            raise UnreadableError(name, str(error)) from error
+        if self.seed is None:
+            return decoding.centre_crop(pixels, self.crop_size)
+        random = np.random.default_rng((CROP_STREAM, self.seed, epoch, row))
+        return decoding.random_crop(pixels, self.crop_size, random, self.flip)
+
+
+class BatchStream:
+    """Batches by their number. Use as a context manager, or call `close`; it opens again where a batch is asked for.
+
+    Asked for in order, batches are prepared ahead by the workers. Any other number starts the workers anew, which takes
+    seconds; a run that goes on at step s simply asks for batch s first.
+
+    Attributes:
+      failures: the images that could not be decoded so far, in this process's part: name to reason.
+    """
+
+    def __init__(self, source: BatchSource, num_workers: int):
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        self.failures: dict[str, str] = {}
+        self._source, self._num_workers = source, num_workers
+        self._batches: Any = None
+        self._next_number = 0
+        self._num_decoded = self._num_failed = 0
+        self._start_measuring()
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All batches in order, from the first."""
+        return map(self, range(len(self)))
+
+    def __call__(self, number: int) -> Batch:
+        """Returns a batch: image `(b, h, w, 3)`, label int32 `(b,)`, mask float32 `(b,)`; b is this process's share.
+
+        Raises:
+          IndexError: no such batch.
+          DataError: not one of the first images could be decoded, or a worker died.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"there is no batch {number}: they are numbered 0 to {len(self) - 1}")
+        start = time.perf_counter()
+        made = self._made_here(number) if self._num_workers == 0 else self._made_by_workers(number)
+        self._seconds_waiting += time.perf_counter() - start
+        self._seconds_working += made.pop("seconds")
+        decoded, failures = int(made["mask"].sum()), made.pop("failures")
+        self.failures.update(failures)
+        self._num_images += decoded
+        self._num_decoded += decoded
+        self._num_failed += len(failures)
+        enough = max(min(IMAGES_BEFORE_GIVING_UP, self._source.num_rows), 1)
+        if not self._num_decoded and self._num_failed >= enough:
+            name, reason = next(iter(self.failures.items()))
+            raise DataError(
+                f"none of the first {self._num_failed} images could be decoded ({name}: {reason}): the data must be"
+                f" files of the formats {', '.join(decoding.FORMATS)}"
+            )
+        return made
+
+    def pace(self) -> Pace:
+        """Returns how fast images came and were used since the last call, or since the beginning."""
+        passed = max(time.perf_counter() - self._since, 1e-9)
+        per_second = self._num_images / max(self._seconds_working, 1e-9) * max(self._num_workers, 1)
+        pace = Pace(self._num_images / passed, per_second, self._seconds_waiting / passed)
+        self._start_measuring()
+        return pace
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_measuring(self) -> None:
+        self._since = time.perf_counter()
+        self._seconds_waiting = self._seconds_working = 0.0
+        self._num_images = 0
+
+    def _made_here(self, number: int) -> dict[str, Any]:
+        return self._source.preprocessed(self._source[number])
+
+    def _made_by_workers(self, number: int) -> dict[str, Any]:
+        if self._batches is None or number != self._next_number:
+            self.close()
+            self._batches = _started(self._source, number, self._num_workers)
+        self._next_number = number + 1
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                "an input worker died, most often for lack of memory: choose a smaller num_workers or batch_size"
+            ) from error
+
+
+def _started(source: BatchSource, first: int, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Starts workers that prepare the batches from `first` on, each every `num_workers`-th."""
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads settings of its own, which fails in programs that use argparse
+    # The workers hold the source only: the preprocessing may be large, and works here.
+    batches = grain.MapDataset.source(dataclasses.replace(source, preprocessing=None)).slice(slice(first, None))
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    transfer = grain.experimental.DatasetOptions(min_shm_size=NO_SHARED_MEMORY)
+    batches = grain.experimental.WithOptionsIterDataset(batches, transfer)
+    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_WAITING)
+    batches = batches.mp_prefetch(options, worker_init_fn=_prepare_worker).map(source.preprocessed)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_WAITING))
+
+
+def _prepare_worker(worker: int, num_workers: int) -> None:
+    """What a worker does first. Signals to end are the main process's to heed; the worker ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF data
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # returns even where the parent was killed with kill -9
+    os._exit(1)
