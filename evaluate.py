@@ -1,30 +1,40 @@
-"""Measures a finished run again, from its checkpoints.
+"""Measures a finished run, from its checkpoints, draws its figures, and compares runs.
 
-python evaluate.py --workdir runs/digits_mlp [--data_dir DIR]
+    python evaluate.py --workdir runs/digits_mlp [--measure deepfool fgs ...] [--limit N] [--data_dir DIR]
+    python evaluate.py --compare runs/six/* [--out runs/comparison]
+
+The first writes report.json and plots/ into the run directory. The second prints the paper's table, measured beside
+published, and draws the paper's Figures 5 to 8; runs that are not fully measured yet are measured first.
 """
 
 import pathlib
 
-from dd_jax import command_line, configuration, experiment, reports, xla_settings
+from dd_jax import command_line, comparison, evaluation, experiment, xla_settings
 
 
 def main() -> None:
     parser = command_line.make_parser(__doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run directory that train.py made")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=pathlib.Path, help="a run directory that train.py made")
+    what.add_argument("--compare", type=pathlib.Path, nargs="+", metavar="DIR", help="run directories")
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        choices=evaluation.NAMES,
+        help="what to measure beside the accuracy; default: all that the run's inputs allow",
+    )
+    parser.add_argument("--limit", type=command_line.positive, help="measure the first so many test images only")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/comparison"), help="of --compare")
     parser.add_argument("--data_dir", help="where TFDS keeps its data sets; default: where the run found them")
+    command_line.add_process_arguments(parser)
     arguments = parser.parse_args()
-    config = configuration.load(arguments.workdir)
-    if arguments.data_dir:
-        config.data.dir = arguments.data_dir
-
-    parts = experiment.build(config, arguments.workdir)
-    measured = {
-        stage: experiment.measure(parts, experiment.restore(parts, stage), name=stage)
-        for stage in (experiment.REFERENCE, experiment.DEFENDED)
-    }
-    report = reports.make_report(parts, measured)
-    path = reports.write(report, arguments.workdir)
-    print(f"\n{reports.table(report)}\nwritten to {path}")
+    command_line.join_processes(arguments)
+    options = dict(names=arguments.measure, limit=arguments.limit, data_dir=arguments.data_dir)
+    if arguments.compare:
+        command_line.say(comparison.compare(arguments.compare, arguments.out, **options))
+        return
+    parts = experiment.open_run(arguments.workdir, arguments.data_dir)
+    command_line.say(comparison.measure_run(parts, names=arguments.measure, limit=arguments.limit))
 
 
 if __name__ == "__main__":

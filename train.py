@@ -1,13 +1,16 @@
 """Trains a reference net, defends it, and prints what it gained.
 
     python train.py --config configs/digits_mlp.py [--workdir DIR] [--data_dir DIR] [--config.FIELD=VALUE ...]
+    python train.py --config configs/digits_mlp.py --sweep defense.correct_scale=5,10,20
 
-The run directory (default: runs/CONFIG_NAME) keeps everything; the same command on it goes on where it stopped.
+The run directory (default: runs/CONFIG_NAME) keeps everything; the same command on it goes on where it stopped. A sweep makes
+a run for every value, in directories within it, from one reference net; evaluate.py --compare puts them side by side.
 """
 
 import pathlib
+from collections.abc import Sequence
 
-from dd_jax import command_line, configuration, experiment, reports, xla_settings
+from dd_jax import command_line, configuration, experiment, parallel, reports, runs, sweeps, xla_settings
 
 
 def main() -> None:
@@ -15,20 +18,46 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a configuration file, such as configs/digits_mlp.py")
     parser.add_argument("--workdir", type=pathlib.Path, help="the run directory; default: runs/CONFIG_NAME")
     parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=A,B,...", help="a run for each value; may be repeated"
+    )
+    command_line.add_process_arguments(parser)
     arguments, overrides = parser.parse_known_args()
+    command_line.join_processes(arguments)
+    workdir = arguments.workdir or pathlib.Path("runs") / pathlib.Path(arguments.config).stem
+    if not arguments.sweep:
+        train(arguments, overrides, workdir)
+        return
+    chosen = sweeps.expand(arguments.sweep, overrides, workdir)
+    for run in chosen:  # All are checked before the first begins.
+        configuration.check_directory(read(arguments, run.overrides), workdir / run.name)
+    for number, run in enumerate(chosen, 1):
+        command_line.say(f"run {number} of {len(chosen)}: {run.name}")
+        train(arguments, run.overrides, workdir / run.name)
+    command_line.say(f"\nCompare them: python evaluate.py --compare {workdir}/*")
+
+
+def read(arguments, overrides: Sequence[str]):
     config = configuration.read(arguments.config, overrides)
     if arguments.data_dir:
         config.data.dir = arguments.data_dir
-    workdir = arguments.workdir or pathlib.Path("runs") / pathlib.Path(arguments.config).stem
+    return config
 
+
+def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
+    config = read(arguments, overrides)
     configuration.check_directory(config, workdir)
     parts = experiment.build(config, workdir)
     experiment.given_reference(parts)
-    configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
-    print(f"{parts.data.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}", flush=True)
-    report = reports.make_report(parts, experiment.run(parts))
-    path = reports.write(report, workdir)
-    print(f"\n{reports.table(report)}\nwritten to {path}")
+    parallel.wait_for_all("checked")
+    if parallel.is_primary():
+        configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
+    parallel.wait_for_all("claimed")
+    command_line.say(f"{parts.data.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}")
+    report = reports.make_report(parts, runs.run(parts))
+    if parallel.is_primary():
+        path = reports.write(report, workdir)
+        command_line.say(f"\n{reports.table(report)}\nwritten to {path}")
 
 
 if __name__ == "__main__":

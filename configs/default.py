@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
             "data": {
                 "name": "digits",  # digits, mnist, cifar10
                 "dir": "",  # where TFDS keeps its data sets; "": its own default. Also --data_dir.
-                "preprocessing": "paper",  # none, mean_image, contrast_whiten; paper: as the paper for the set
+                # none, mean_image, contrast_whiten, caffe, torchvision; paper: as the paper for the set (and net)
+                "preprocessing": "paper",
                 "flip": False,  # mirror half of the training images
                 "train_limit": 0,  # only the first so many training images; 0: all
                 "test_limit": 0,  # only the first so many test images; 0: all

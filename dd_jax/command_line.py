@@ -1,9 +1,10 @@
-"""What train.py and evaluate.py share: one clear sentence instead of a traceback for what the user can mend."""
+"""What train.py and evaluate.py share: one clear sentence instead of a traceback for what the user can mend, and processes."""
 
 import argparse
 import sys
 from collections.abc import Callable
 
+from dd_jax import parallel
 from dd_jax.configuration import ConfigurationError
 from dd_jax.data import DataError
 from dd_jax.parallel import Terminated
@@ -18,6 +19,39 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a run on several machines."""
+    group = parser.add_argument_group("several machines: the same command on each, on one shared file system")
+    group.add_argument("--distributed", action="store_true", help="join the other processes of this SLURM or TPU job")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing tells by itself")
+    group.add_argument("--num_processes", type=int)
+    group.add_argument("--process_id", type=int, help="from 0")
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the other processes, if the arguments say that there are any. ConfigurationError if they contradict."""
+    given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.distributed or any(x is not None for x in given):
+        try:
+            parallel.initialize(*given)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def say(text: str) -> None:
+    """Prints at once; of several processes, one does."""
+    if parallel.is_primary():
+        print(text, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:

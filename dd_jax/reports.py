@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,13 +13,20 @@ from dd_jax import published
 from dd_jax.configuration import flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
 from dd_jax.metrics import Summary
+from dd_jax.tables import PAPERS, Row, has_published, text_table
 
 PACKAGES = ("dd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FILE_NAME = "report.json"
 
 
-def make_report(experiment: Experiment, measured: dict[str, Summary]) -> dict[str, Any]:
-    """Everything one needs to quote the run's figures."""
+def make_report(
+    experiment: Experiment,
+    measured: dict[str, Summary],
+    *,
+    names: Sequence[str] = ("deepfool",),
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Everything one needs to quote the run's figures; `names` and `limit`: what was measured, on how many images."""
     config = experiment.config
     device = jax.devices()[0]
     published_rows = {
@@ -33,6 +41,8 @@ def make_report(experiment: Experiment, measured: dict[str, Summary]) -> dict[st
         "seed": config.seed,
         "input_space": experiment.preprocessing.description,
         "measured": measured,
+        "names": list(names),
+        "limit": limit,
         "published": published_rows,
         "config": flatten(config),
         "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} device(s))",
@@ -57,17 +67,31 @@ def write(report: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The report of a run directory; None if there is none yet, or it is damaged."""
+    try:
+        return json.loads((workdir / FILE_NAME).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    """The reference and the defended net, as rows of a table."""
+    names = {REFERENCE: REFERENCE, DEFENDED: report["defense"]}
+    return [Row(name, report["measured"][stage], report["published"].get(name)) for stage, name in names.items()]
+
+
 def table(report: dict[str, Any]) -> str:
     """The before/after table, for a terminal."""
-    defense = report["defense"]
-    lines = [f"{'':22}{'accuracy':>10}{'rho_2':>9}{'l_2':>8}{'DeepFool success':>19}"]
-    for name, stage in ((REFERENCE, REFERENCE), (defense, DEFENDED)):
-        row = report["measured"][stage]
-        lines.append(
-            f"{name:22}{row['accuracy']:>10.2%}{row['rho_l2']:>9.4f}{row['l2']:>8.3f}{row['deepfool_success']:>19.2%}"
-        )
-    for name, row in report["published"].items():
-        lines.append(f"{'paper: ' + name:22}{'':>10}{'':>9}{row['l2_deepfool']:>8.2f}")
-    count = report["measured"][REFERENCE]["num_examples"]
-    lines.append(f"{count} test images of {report['data']}; inputs: {report['input_space']}; seed {report['seed']}")
-    return "\n".join(lines)
+    both = rows(report)
+    notes = [f"({PAPERS})"] if has_published(both) else []
+    return "\n".join([text_table(both), *notes, conditions(report)])
+
+
+def conditions(report: dict[str, Any]) -> str:
+    """What a report's figures were measured on, in a line."""
+    measured = report["measured"][REFERENCE]
+    fewer = measured.get("carlini_wagner_examples", measured["num_examples"])
+    few = f" (C&W: the first {fewer})" if fewer < measured["num_examples"] else ""
+    space = f"inputs: {report['input_space']}; seed {report['seed']}"
+    return f"{measured['num_examples']} test images{few} of {report['data']}; {space}"

@@ -45,10 +45,15 @@ TRAINING = (
     "dd_jax.run_log",
     "dd_jax.training",
     "dd_jax.configuration",
+    "dd_jax.sweeps",
     "dd_jax.command_line",
     "dd_jax.experiment",
+    "dd_jax.measuring",
+    "dd_jax.runs",
+    "dd_jax.tables",
     "dd_jax.reports",
     "dd_jax.plots",
+    "dd_jax.comparison",
 )
 ORDER = CORE + TRAINING
 CORE_MAY_IMPORT = {"jax", "jaxtyping", "numpy"} | sys.stdlib_module_names
@@ -58,6 +63,7 @@ ONLY_IN = {
     "tensorflow_datasets": ("dd_jax.data",),
     "grain": ("dd_jax.data",),
     "ml_collections": ("dd_jax.configuration", "dd_jax.experiment"),
+    "matplotlib": ("dd_jax.plots",),
 }
 PROCESS_NAMES = {"pmap", "process_index", "process_count"}  # What only `parallel` may say.
 MOST_LINES, LONGEST_BODY = 320, 60

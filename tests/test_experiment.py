@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dd_jax import baselines, configuration, data, experiment, models, pretrained
+from dd_jax import baselines, configuration, data, experiment, models, pretrained, runs
 from dd_jax.configuration import ConfigurationError
 from dd_jax.experiment import DEFENDED, REFERENCE
 
@@ -46,9 +46,9 @@ def setting():
     """Configurations can be read, every second step is logged, and nothing is saved before the end of a stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        patch.setattr(experiment, "MOST_STEPS_PER_LINE", LOG_EVERY)
-        patch.setattr(experiment, "FEWEST_LINES", 1)
-        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
+        patch.setattr(runs, "MOST_STEPS_PER_LINE", LOG_EVERY)
+        patch.setattr(runs, "FEWEST_LINES", 1)
+        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
         yield
 
 
@@ -60,7 +60,7 @@ def built(workdir, *overrides):
 def run(workdir, *overrides):
     parts = built(workdir, *overrides)
     configuration.claim_directory(parts.config, workdir)
-    return experiment.run(parts)
+    return runs.run(parts)
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +174,19 @@ def stop_at(patch, module, name, call):
         pytest.param(0, data, "training_batch", 1, 20, id="before the first step"),
         pytest.param(0, data, "training_batch", 8, 14, id="in the reference's training, checkpoint at 6"),
         pytest.param(NEVER, data, "training_batch", 8, 20, id="in the reference's training, no checkpoint"),
-        pytest.param(0, experiment, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"),
-        pytest.param(NEVER, experiment, "measure", 4, 8, id="while the reference is measured"),
+        pytest.param(0, runs, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"),
+        pytest.param(NEVER, runs, "measure", 4, 8, id="while the reference is measured"),
         pytest.param(NEVER, data, "training_batch", 13, 8, id="between the stages"),
         pytest.param(0, data, "training_batch", 18, 4, id="in the fine-tuning, checkpoint at 4"),
         pytest.param(NEVER, data, "training_batch", 18, 8, id="in the fine-tuning, no checkpoint"),
-        pytest.param(NEVER, experiment, "measure", 7, 0, id="while the defended net is measured"),
+        pytest.param(NEVER, runs, "measure", 7, 0, id="while the defended net is measured"),
     ],
 )
 def test_a_stopped_run_ends_where_an_undisturbed_one_ends(
     finished, tmp_path, steps_taken, monkeypatch, seconds, module, name, call, steps_again
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", seconds - 1)
+        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", seconds - 1)
         stop_at(patch, module, name, call)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -198,7 +198,7 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_ends(
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", -1)
         stop_at(patch, data, "training_batch", 18)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -217,9 +217,9 @@ SLOW_TRAINING = """
 import sys, time
 sys.path[:0] = [{root!r}]
 import train
-from dd_jax import command_line, data, experiment
-experiment.MOST_STEPS_PER_LINE, experiment.FEWEST_LINES = {log_every}, 1
-experiment.SECONDS_BETWEEN_CHECKPOINTS = -1
+from dd_jax import command_line, data, runs
+runs.MOST_STEPS_PER_LINE, runs.FEWEST_LINES = {log_every}, 1
+runs.SECONDS_BETWEEN_CHECKPOINTS = -1
 training_batch = data.training_batch
 data.training_batch = lambda *args, **options: time.sleep(0.1) or training_batch(*args, **options)
 command_line.run(train.main)

@@ -73,20 +73,30 @@ def test_the_papers_defense_is_better_than_its_reference_everywhere():
                 assert (defended < reference) == (field == "similarity_pass"), (rows, field)
 
 
-def test_the_table_has_both_rows_and_the_papers(parts):
+def test_the_table_has_both_rows_and_the_papers_figures_in_brackets(parts):
     lines = reports.table(reports.make_report(on(parts, data="mnist"), MEASURED)).splitlines()
     assert lines[0].split() == ["accuracy", "rho_2", "l_2", "DeepFool", "success"]
-    assert lines[1].split() == ["reference", "98.31%", "0.1532", "1.088", "87.50%"]
-    assert lines[2].split() == ["deep_defense", "99.12%", "0.3457", "2.346", "100.00%"]
-    assert lines[3].split() == ["paper:", "reference", "0.81"] and lines[4].split() == [
-        "paper:",
-        "deep_defense",
-        "1.64",
-    ]
-    l2_column = lines[0].index("l_2") + len("l_2")
-    assert {len(line) for line in lines[:3]} == {len(lines[0])} and {len(line) for line in lines[3:5]} == {l2_column}
-    assert lines[5].startswith("50 test images of digits (") and lines[5].endswith("seed 17") and len(lines) == 6
-    assert "inputs: none (pixels as they are" in lines[5]
+    assert lines[1].split() == ["reference", "98.31%", "0.1532", "1.088", "(0.810)", "87.50%"]
+    assert lines[2].split() == ["deep_defense", "99.12%", "0.3457", "2.346", "(1.640)", "100.00%"]
+    assert {len(line) for line in lines[:3]} == {len(lines[0])} and lines[3] == "(in brackets: the paper's)"
+    assert lines[4].startswith("50 test images of digits (") and lines[4].endswith("seed 17") and len(lines) == 5
+    assert "inputs: none (pixels as they are" in lines[4]
+    assert "brackets" not in reports.table(reports.make_report(parts, MEASURED))
+
+
+def test_fewer_images_for_the_slow_attack_are_said(parts):
+    measured = {stage: row | {"carlini_wagner_examples": 20} for stage, row in MEASURED.items()}
+    assert reports.conditions({**reports.make_report(parts, measured)}).startswith(
+        "50 test images (C&W: the first 20) of"
+    )
+
+
+def test_a_report_is_read_back_and_what_is_none_is_none(parts, tmp_path):
+    assert reports.read(tmp_path) is None and reports.read(tmp_path / "nowhere") is None
+    reports.write(report := reports.make_report(parts, MEASURED, names=("deepfool", "pgd"), limit=7), tmp_path)
+    assert reports.read(tmp_path) == report and (report["names"], report["limit"]) == (["deepfool", "pgd"], 7)
+    (tmp_path / "report.json").write_text("{")
+    assert reports.read(tmp_path) is None
 
 
 def test_a_report_is_written_whole_and_replaces_the_old_one(parts, tmp_path):

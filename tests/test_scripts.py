@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from dd_jax import command_line, data, experiment
+from dd_jax import command_line, data, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs/digits_mlp.py"
@@ -93,7 +93,7 @@ def test_training_leaves_everything_in_the_run_directory(finished):
         "checkpoints/reference/12",
     ]
     config = json.loads((workdir / "config.json").read_text())
-    assert config["reference"]["num_epochs"] == 3 and config["model"] == {"name": "mlp"}
+    assert config["reference"]["num_epochs"] == 3 and config["model"] == {"name": "mlp", "compute_dtype": "float32"}
     steps = [
         json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines() if "loss" in line
     ]
@@ -126,11 +126,15 @@ def test_evaluating_measures_the_same_again_wherever_the_run_lies(finished, tmp_
     moved = shutil.copytree(workdir, tmp_path / "moved")
     (moved / "report.json").unlink()
     before = contents(moved)
-    code, out, err = run("evaluate", "--workdir", moved)
+    code, out, err = run("evaluate", "--workdir", moved, "--measure", "deepfool")
     assert (code, err) == (0, "")
     assert json.loads((moved / "report.json").read_text()) == json.loads((workdir / "report.json").read_text())
-    assert out.splitlines()[-1] == f"written to {moved / 'report.json'}" and "deep_defense" in out
-    assert contents(moved) == before | {moved / "report.json": (workdir / "report.json").read_bytes()}
+    plots = moved / "plots"
+    assert out.splitlines()[-1] == f"written to {moved / 'report.json'} and {plots}" and "deep_defense" in out
+    after = contents(moved)
+    assert {path for path in after if plots in path.parents} == {plots / "single_run.png", plots / "single_run.pdf"}
+    unchanged = before | {moved / "report.json": (workdir / "report.json").read_bytes()}
+    assert {path: held for path, held in after.items() if path != plots and plots not in path.parents} == unchanged
 
 
 def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, monkeypatch):
@@ -233,7 +237,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "run", stop)
+    monkeypatch.setattr(runs, "run", stop)
     code, _, err = run("train", "--config", CONFIG, "--workdir", tmp_path, *overrides())
     assert (code, err) == (130, "Stopped. The same command goes on from the latest checkpoint.")
 

@@ -1,0 +1,142 @@
+"""A run: its reference is trained and measured, then defended and measured again.
+
+A run directory holds
+
+    config.json           the configuration
+    preprocessing.npz     the input space, fitted on the training images
+    metrics.jsonl         one line per logged interval, epoch and final measurement, each with its stage
+    checkpoints/STAGE/    Orbax checkpoints of the stages "reference" and "defended"
+    report.json           what was measured, and with what
+    plots/                its curves, from evaluate.py
+
+Every stage goes on from what the directory holds, so a run that was stopped is taken up by the same command.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dd_jax import data, metrics, parallel, run_log, training
+from dd_jax.checkpoints import Checkpoints
+from dd_jax.experiment import (
+    DEFENDED,
+    REFERENCE,
+    Experiment,
+    Stage,
+    given_reference,
+    make_optimizer,
+    make_stage,
+    untrained,
+)
+from dd_jax.measuring import measure
+from dd_jax.progress import progress
+
+SECONDS_BETWEEN_CHECKPOINTS = 30
+MOST_STEPS_PER_LINE, FEWEST_LINES = 50, 10  # Of metrics.jsonl.
+
+
+def train(experiment: Experiment, stage_name: str, start: Callable[[], training.TrainState]) -> training.TrainState:
+    """Trains one stage to its end, from its latest checkpoint if there is one and from `start()` otherwise.
+
+    Terminated where the process was asked to end (SIGTERM); the state is saved then.
+    """
+    stage = make_stage(experiment, stage_name)
+    with Checkpoints(experiment.workdir / "checkpoints" / stage_name) as saved:
+        state = start() if saved.latest() is None else saved.restore(jax.eval_shape(start))
+        first_step = int(state.step)
+        if parallel.is_primary():
+            run_log.forget_after(experiment.workdir, stage_name, first_step)
+        state = parallel.replicate(state)
+        if first_step < stage.num_steps:
+            settings, compute_dtype = stage.settings, experiment.config.model.compute_dtype
+            options = dict(num_parts=settings.num_parts, compute_dtype=compute_dtype)
+            train_step = training.make_train_step(experiment.model, make_optimizer(stage), stage.defense, **options)
+            state = _train_with_progress(experiment, stage, state, train_step, saved)
+        saved.save(int(state.step), parallel.as_global(state))
+    return state
+
+
+def _train_with_progress(
+    experiment: Experiment, stage: Stage, state: training.TrainState, train_step: Callable, saved: Checkpoints
+) -> training.TrainState:
+    batch_of_step = lambda step: parallel.share_of(  # noqa: E731
+        data.training_batch(
+            experiment.train_inputs,
+            experiment.data.train_labels,
+            batch_size=stage.settings.batch_size,
+            seed=experiment.config.seed,
+            step=step,
+            flip=experiment.config.data.flip,
+        )
+    )
+    log_every = max(1, min(MOST_STEPS_PER_LINE, stage.num_steps // FEWEST_LINES))
+    steps = training.fit(
+        state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=log_every
+    )
+    limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
+    bar = progress(
+        f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step), disable=not parallel.is_primary()
+    )
+    with bar, parallel.Termination() as termination:
+        for state, step, means in steps:
+            bar.update()
+            line = {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch}
+            if means is not None:
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}")
+                log(experiment, line | means)
+            if limit and step % stage.steps_per_epoch == 0:
+                log(experiment, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
+            # Saved after the step's lines, so that none is missing where the run goes on from here.
+            terminated = termination.asked_for(step)
+            if terminated or (means is not None and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+                saved.save(step, parallel.as_global(state))
+                last_saved = time.monotonic()
+            if terminated:
+                raise parallel.Terminated(f"Asked to end; step {step} of the {stage.name} training is saved.")
+    return state
+
+
+def log(experiment: Experiment, line: dict[str, Any]) -> None:
+    """Appends a line to metrics.jsonl; one process does."""
+    if parallel.is_primary():
+        run_log.append(experiment.workdir, line)
+
+
+def measure_once(experiment: Experiment, stage_name: str, state: training.TrainState) -> metrics.Summary:
+    """The final measurement of a stage, read from the run directory if it was made before."""
+    step = int(state.step)
+    for line in run_log.read(experiment.workdir):
+        if line["stage"] == stage_name and line["step"] == step and "measured" in line:
+            return line["measured"]
+    measured = measure(experiment, state, name=stage_name)
+    log(experiment, {"stage": stage_name, "step": step, "measured": measured})
+    return measured
+
+
+def reference_state(experiment: Experiment) -> training.TrainState:
+    """The reference net: restored from the run directory or from what the configuration names, else trained."""
+    preprocessing_file = experiment.workdir / "preprocessing.npz"
+    if parallel.is_primary() and not preprocessing_file.exists():
+        experiment.preprocessing.save(preprocessing_file)
+    given = given_reference(experiment)
+
+    def start() -> training.TrainState:
+        stage = make_stage(experiment, REFERENCE)
+        if given is None:
+            return untrained(experiment, stage)
+        state = training.fresh_state(make_optimizer(stage), *given)
+        return state._replace(step=jax.numpy.asarray(stage.num_steps, jax.numpy.int32))  # Nothing left to train.
+
+    return train(experiment, REFERENCE, start)
+
+
+def run(experiment: Experiment) -> dict[str, metrics.Summary]:
+    """The whole run: reference, its measurement, fine-tuning with the defense, its measurement. Returns both."""
+    reference = reference_state(experiment)
+    before = measure_once(experiment, REFERENCE, reference)
+    optimizer = make_optimizer(make_stage(experiment, DEFENDED))
+    weights = jax.tree.map(jax.numpy.copy, (reference.params, reference.batch_stats))  # Training donates its state.
+    defended = train(experiment, DEFENDED, lambda: training.fresh_state(optimizer, *weights))
+    return {REFERENCE: before, DEFENDED: measure_once(experiment, DEFENDED, defended)}
