@@ -1,10 +1,12 @@
 """How fast the Deep Defense step and DeepFool are, beside the floor, a plain step and foolbox.
 
-    python benchmarks/speed.py --data_dir DIR [--nets mlp lenet convnet nin] [--parts step deepfool growth] [--out FILE]
+    python benchmarks/speed.py --data_dir DIR [--nets mlp lenet convnet nin] [--parts step deepfool growth third_party] \
+        [--weights DIR] [--batches 20 100] [--out FILE]
 
 Every net is first trained briefly on real data (kept in --workdir, so that a second run starts at once): the numbers of DeepFool
-steps are then those of training. Each net is measured in a process of its own, so that its peak memory is its own. Prints
-tables and writes everything as JSON, with device and versions. foolbox is optional: `pip install foolbox`.
+steps are then those of training. With --weights they are read from DIR/NAME.npz (PyTorch-named arrays) instead. Each net is
+measured in a process of its own, so that its peak memory is its own. Prints tables and writes everything as JSON, with device
+and versions. foolbox is optional: `pip install foolbox`.
 
 The floor is (K + 8) F per DeepFool step taken, F being the operations of one forward pass and K the number of classes, at the
 rate of a 2000 x 2000 float32 matrix product on this machine at this moment; `of floor` is that time over the one measured.
@@ -18,7 +20,6 @@ import pathlib
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,31 +32,19 @@ FLAGS_ADDED = xla_settings.apply()  # Before JAX starts, as train.py does.
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import nets  # noqa: E402
 import numpy as np  # noqa: E402
+import third_party  # noqa: E402
+from nets import CONFIGS, Net  # noqa: E402
 from timing import compiled, matrix_rate, operations, timed  # noqa: E402
 
 import dd_jax  # noqa: E402
-from dd_jax import configuration, experiment, training  # noqa: E402
 
-CONFIGS = {"mlp": "mnist_mlp", "lenet": "mnist_lenet", "convnet": "cifar_convnet", "nin": "cifar_nin"}
-TRAINING_STEPS = {"mlp": 1200, "lenet": 1200, "convnet": 600, "nin": 150}
 BATCHES = {"mlp": (100,), "lenet": (100,), "convnet": (100,), "nin": (20, 100)}
 FOOLBOX_IMAGES = {"mlp": 100, "lenet": 100, "convnet": 100, "nin": 20}
-PARTS = ("step", "deepfool", "growth")
+PARTS = ("step", "deepfool", "growth", "third_party")
+GROWTH_NETS = ("mlp", "lenet")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "foolbox")
-
-Net = Callable[[Any, jax.Array], jax.Array]
-
-
-def trained_net(name: str, data_dir: str, workdir: pathlib.Path) -> tuple[Net, Any, jax.Array, jax.Array]:
-    """A net trained briefly on real data as (apply_fn, params), and training images and labels."""
-    overrides = [f"--config.data.dir={data_dir}", f"--config.reference.max_steps={TRAINING_STEPS[name]}"]
-    config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
-    parts = experiment.build(config, workdir / name)
-    configuration.claim_directory(config, workdir / name)
-    state = experiment.reference_state(parts)
-    apply_fn = lambda params, x: training.make_logits_fn(parts.model, params, {})(x)
-    return apply_fn, state.params, jnp.asarray(parts.train_inputs[:1000]), jnp.asarray(parts.data.train_labels[:1000])
 
 
 def measure_step(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Array, rate: float) -> dict[str, Any]:
@@ -133,20 +122,27 @@ def measure_growth(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Ar
             for classes in (2, 10, 100)
         },
         "num_steps": {limit: seconds(apply_fn, x, y, num_steps=limit) for limit in (1, 5, 50)},
+        "classes at once, of 100": {
+            at_once: seconds(net := with_classes(100), x, jnp.argmax(net(params, x), axis=-1), classes_at_once=at_once)
+            for at_once in (10, 33, 99)
+        },
     }
 
 
-def measure_net(name: str, parts: list[str], data_dir: str, workdir: pathlib.Path) -> dict[str, Any]:
+def measure_net(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one net."""
-    apply_fn, params, inputs, labels = trained_net(name, data_dir, workdir)
-    rate = matrix_rate()
-    result: dict[str, Any] = {"net": name, "matrix_gflops": rate / 1e9}
+    apply_fn, params, inputs, labels = nets.load(name, arguments.data_dir, arguments.workdir, arguments.weights)
+    parts, batches, rate = arguments.parts, arguments.batches or BATCHES[name], matrix_rate()
+    accuracy = jnp.mean(jnp.argmax(jax.jit(apply_fn)(params, inputs), axis=-1) == labels)
+    result: dict[str, Any] = {"net": name, "matrix_gflops": rate / 1e9, "accuracy": float(accuracy)}
     if "step" in parts:
-        result["step"] = [measure_step(apply_fn, params, inputs[:b], labels[:b], rate) for b in BATCHES[name]]
+        result["step"] = [measure_step(apply_fn, params, inputs[:b], labels[:b], rate) for b in batches]
     if "deepfool" in parts:
         result["deepfool"] = measure_deepfool(apply_fn, params, inputs[: FOOLBOX_IMAGES[name]])
-    if "growth" in parts and name == "mlp":
+    if "growth" in parts and name in GROWTH_NETS:
         result["growth"] = measure_growth(apply_fn, params, inputs, labels)
+    if "third_party" in parts and name in third_party.NETS:
+        result["third_party"] = third_party.measure(name, params, inputs[:100], labels[:100])
     return result
 
 
@@ -159,11 +155,14 @@ def version_of(package: str) -> str | None:
 
 def tables(results: list[dict[str, Any]]) -> str:
     """What was measured, for a terminal."""
-    lines = [f"{'training step':10} batch  images/s  of floor  plain steps  DeepFool steps  compiled in  peak memory"]
+    lines = [
+        f"{'training step':10} batch  images/s  of floor  plain steps  DeepFool steps  compiled in  peak memory  accuracy"
+    ]
     for net in results:
         lines += [
             f"{net['net']:13} {s['batch']:5} {s['images_per_second']:9.1f} {s['of_floor']:9.2f} {s['plain_steps']:12.1f}"
             f" {s['deepfool_steps']:15.2f} {s['compile_seconds']:10.1f} s {s['peak_megabytes']:9.0f} MB"
+            f" {net['accuracy']:9.1%}"
             for s in net.get("step", [])
         ]
     lines.append(f"\n{'DeepFool alone':14} images  images/s    l2  success")
@@ -174,6 +173,14 @@ def tables(results: list[dict[str, Any]]) -> str:
                     f"{net['net'] + ' ' + library:16} {net['deepfool']['num_images']:4} {row['images_per_second']:9.1f}"
                     f" {row['l2']:.3f} {row['success']:8.1%}"
                 )
+    for net in results:
+        if both := net.get("third_party"):
+            ours, theirs = both["dd_jax"], both["straightforward"]
+            lines.append(
+                f"{net['net']} of plain Flax layers, batch {both['batch']}: {ours['seconds']:.3f} s and "
+                f"{ours['temporary_megabytes']:.0f} MB per step; straightforward {theirs['seconds']:.3f} s and "
+                f"{theirs['temporary_megabytes']:.0f} MB; losses {ours['loss']:.6f} and {theirs['loss']:.6f}"
+            )
     for net in results:
         for quantity, seconds in net.get("growth", {}).items():
             lines.append(
@@ -189,18 +196,22 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark/speed.json"))
+    parser.add_argument("--weights", type=pathlib.Path)
+    parser.add_argument("--batches", nargs="+", type=int, help="of the part step; at most 1000 images each")
     parser.add_argument("--this_process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.this_process:
         (name,) = arguments.nets
-        arguments.out.write_text(json.dumps(measure_net(name, arguments.parts, arguments.data_dir, arguments.workdir)))
+        arguments.out.write_text(json.dumps(measure_net(name, arguments)))
         return
     results = []
     for name in arguments.nets:
         part = arguments.out.with_suffix(f".{name}")
         command = [sys.executable, __file__, "--this_process", "--nets", name, "--data_dir", arguments.data_dir]
         command += ["--workdir", str(arguments.workdir), "--out", str(part), "--parts", *arguments.parts]
+        command += ["--weights", str(arguments.weights)] if arguments.weights else []
+        command += ["--batches", *map(str, arguments.batches)] if arguments.batches else []
         subprocess.run(command, check=True)
         results.append(json.loads(part.read_text()))
         part.unlink()

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dd_jax import rewriting
+
 
 def timed(call: Callable[[], Any], *, seconds: float = 4.0, least: int = 3) -> float:
     """The median time of a call whose result is waited for, over at least `least` calls and about `seconds`."""
@@ -37,20 +39,4 @@ def matrix_rate() -> float:
 
 def operations(function: Callable, *arguments: Any) -> float:
     """Floating-point operations of a function's convolutions and matrix products, counted in its trace."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _count(jaxpr: Any) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            total += _count(inner) if hasattr(inner, "eqns") else 0
-        out = equation.outvars[0].aval
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            total += 2 * out.size * kernel.size / kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * out.size * float(np.prod([equation.invars[0].aval.shape[axis] for axis in contracted]))
-    return total
+    return rewriting.operations(jax.make_jaxpr(function)(*arguments).jaxpr)

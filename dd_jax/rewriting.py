@@ -3,6 +3,7 @@
 Any library's convolution ends up as the same JAX primitive, so doing it here serves nets of every library alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,27 @@ def _apply(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any]:
     with equation.ctx.manager:
         results = equation.primitive.bind(*functions, *arguments, **parameters)
     return results if equation.primitive.multiple_results else [results]
+
+
+def operations(jaxpr: jex_core.Jaxpr) -> float:
+    """Floating-point operations of the convolutions and matrix products in a traced function, those of inner ones included."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        inner = sum(operations(getattr(part, "jaxpr", part)) for part in jex_core.jaxprs_in_params(params))
+        total += inner * (params["length"] if name == "scan" else 1)
+        if name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            num_outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * equation.outvars[0].aval.size * kernel.size / num_outputs
+        elif name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += (
+                2
+                * equation.outvars[0].aval.size
+                * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            )
+    return total
 
 
 def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | None:

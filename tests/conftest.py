@@ -42,3 +42,4 @@ def short_turns(monkeypatch):
     """Makes the work queue take a third of a batch per turn, which it would not for batches as small as the tests'."""
     monkeypatch.setitem(deepfool_module.TURNS_PER_BATCH, "cpu", 3)
     monkeypatch.setitem(deepfool_module.SMALLEST_TURN, "cpu", 2)
+    monkeypatch.setitem(deepfool_module.LEAST_WORK, "cpu", 1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dd_jax.closures import hoist
+from dd_jax.rewriting import operations
 
 CONVOLUTIONS = {
     "same size": {"padding": 2},
@@ -118,3 +119,15 @@ def test_no_slow_derivative_is_left():
     names = set(primitives(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x).jaxpr))
     assert "conv_general_dilated" in names
     assert not {name for name in names if "reduce_window" in name or "select_and" in name}
+
+
+def test_operations_are_counted_once_per_application():
+    weights, kernel = jnp.ones((8, 5)), jnp.ones((3, 3, 2, 4))
+
+    def net(x):
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.nn.relu(x).reshape(x.shape[0], -1)[:, :8]
+        return jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, jnp.eye(8)), None), x, length=3)[0] @ weights
+
+    counted = operations(jax.make_jaxpr(net)(jnp.ones((7, 6, 5, 2))).jaxpr)
+    assert counted == 7 * 2 * (4 * 3 * 4 * 3 * 3 * 2 + 3 * 8 * 8 + 8 * 5)

@@ -26,11 +26,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.attacks.linear_step import Options, Problem, nearest_step
 from dd_jax.closures import ApplyFn, Closure, hoist, rows_are_interchangeable
 from dd_jax.norms import Norm, check_norm, per_example
+from dd_jax.rewriting import operations
 from dd_jax.types import AttackResult, LogitsFn
 
 TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a whole batch, by backend; measured.
 SMALLEST_TURN = {"cpu": 16}  # Fewer rows than this do not fill the device.
 DEFAULT_SMALLEST_TURN = 64
+LEAST_WORK = {"cpu": 4e7}  # Operations of a turn's forward pass: with fewer, small products run below their speed.
 LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
 
 
@@ -163,7 +165,9 @@ def likely_classes(logits: Float[Array, "batch classes"], num_candidates: int | 
 def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tuple[ApplyFn, Closure, Options]:
     """Chooses how many examples share a turn of the queue, and traces the net for that many."""
     batch, backend = inputs.shape[0], jax.default_backend()
-    num_rows = max(-(-batch // TURNS_PER_BATCH.get(backend, 1)), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
+    work = operations(jax.make_jaxpr(logits_fn)(inputs).jaxpr)
+    num_turns = min(TURNS_PER_BATCH.get(backend, 1), max(1, int(work // LEAST_WORK.get(backend, 1))))
+    num_rows = max(-(-batch // num_turns), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
     if num_rows >= batch or not rows_are_interchangeable(logits_fn, inputs, num_rows):
         num_rows = batch
     last_rows = num_rows if num_rows == batch else max(1, num_rows // LAST_TURN_SHARE)
