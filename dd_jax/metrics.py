@@ -166,7 +166,8 @@ def curve_epsilons(settings: Settings) -> list[float]:
             f"curve_num_points is {last + 1} and curve_max_epsilon {settings.curve_max_epsilon}; "
             "there must be at least 2 points, up to an epsilon of more than 0."
         )
-    return [settings.curve_max_epsilon * i / last for i in range(last + 1)]
+    exact = (settings.curve_max_epsilon * i / last for i in range(last + 1))
+    return [float(f"{epsilon:.7g}") for epsilon in exact]  # As precise as float32: 0.03, not 0.0299999999999999.
 
 
 def figures(

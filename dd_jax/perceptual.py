@@ -19,6 +19,7 @@ MOST_ITERATIONS, LEAST_INCREASE = (
     100,
     1e-6,
 )  # Of the correlation coefficient; scores then are within 1e-4 of their limit.
+MOST_LOST = 1e-3  # Of the correlation, by smoothing and rounding; a search that loses more has gone astray.
 SMOOTHING = 5  # The Gaussian filter's size in ECC, OpenCV's own choice.
 WINDOW, WINDOW_DEVIATION = 11, 1.5
 
@@ -32,8 +33,8 @@ def pass_scores(images: Images, adversarial: Images) -> tuple[Float[np.ndarray, 
 
     Returns:
       (scores, aligned): float64 in -1..1, and bool. Where the search for a homography does not converge (images without
-      structure, or that are not finite) aligned is False and the score is that of the image as it is; NaN where that is
-      not finite.
+      structure, or that are not finite) or goes astray, aligned is False and the score is that of the image as it is; NaN
+      where that is not finite.
 
     Raises:
       ValueError: images that differ in shape, are too small for the window, or have other than 1 or 3 channels.
@@ -56,7 +57,8 @@ def pass_scores(images: Images, adversarial: Images) -> tuple[Float[np.ndarray, 
 
 
 def align(image: Float[np.ndarray, "h w c"], other: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w c"] | None:
-    """Moves `other` to where it correlates best with `image`; None where the search does not converge.
+    """Moves `other` to where it correlates best with `image`; None where the search does not converge, or ends where the
+    two correlate less than at its start.
 
     Both are compared in grey. What comes in from outside repeats the edge.
     """
@@ -72,7 +74,9 @@ def align(image: Float[np.ndarray, "h w c"], other: Float[np.ndarray, "h w c"]) 
     if not (np.isfinite(correlation) and np.isfinite(homography).all()):
         return None
     options = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
-    return cv2.warpPerspective(np.float32(other), homography, (width, height), **options).reshape(image.shape)
+    warped = cv2.warpPerspective(np.float32(other), homography, (width, height), **options).reshape(image.shape)
+    before, after = (cv2.computeECC(grey(image), grey(moved)) for moved in (other, warped))
+    return warped if after >= before - MOST_LOST else None
 
 
 def grey(image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w"]:

@@ -103,6 +103,18 @@ def test_a_search_that_ends_in_nan_is_not_followed(monkeypatch):
     assert scores.tolist() == [1.0] and aligned.tolist() == [False]
 
 
+def test_a_search_that_goes_astray_is_not_followed(monkeypatch):
+    """ECC does so on images as rough as noise; here it is told to."""
+    images = textures(1)
+    others = images + 0.1 * textures(1, seed=1)
+    far_away = np.array([[1, 0, 9], [0, 1, 9], [0, 0, 1]], np.float32)
+    honest, _ = pass_scores(images, others)
+    monkeypatch.setattr(cv2, "findTransformECC", lambda *_: (0.9, far_away))
+    scores, aligned = pass_scores(images, others)
+    plain = plain_similarity(np.float64(images[0]), np.float64(others[0]))
+    assert scores.tolist() == [plain] and aligned.tolist() == [False] and abs(honest[0] - plain) > 1e-6
+
+
 def test_grey_and_coloured_images_agree():
     images = textures(2)
     others = images + 0.3 * textures(2, seed=1)
