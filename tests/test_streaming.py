@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 
 from dd_jax import data
-from dd_jax.data import encoded, streaming
+from dd_jax.data import encoded, image_batches
 from dd_jax.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # What the package itself says of wrong arguments.
@@ -273,7 +273,7 @@ def test_each_process_reads_its_own_images_only(files):
             rows_read.append(row)
             return files.train[row]
 
-    whole = [row for row in streaming.epoch_order(13, 3, 0)[:4]]
+    whole = image_batches.epoch_order(13, 3, 0)[:4].tolist()
     data.training_stream(Recorded(), batch_size=4, num_steps=9, seed=3, shard_index=1, num_shards=2, **SIZES)(0)
     assert rows_read == whole[2:]
 
