@@ -69,7 +69,7 @@ def save_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> 
     """Writes arrays under their names, of their dtypes, whole or not at all."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)
     partial.replace(path)
 
 

@@ -1,0 +1,529 @@
+"""Files of weights: what the readers make of good ones, damaged ones, and ones that would run code."""
+
+import collections
+import contextlib
+import io
+import os
+import pickle
+import sys
+import types
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.io
+from golden import make_torch_files
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from test_pretrained import GOLDEN, lenet_state_dict
+
+from dd_jax import models, pretrained
+from dd_jax.pretrained import WeightsError, __main__, caffe, files, layouts, matconvnet, torch_zip
+
+LENET = lenet_state_dict(num_classes=2)
+
+
+class Storage:
+    """Stands for a storage of PyTorch's: raw numbers under a key of the archive."""
+
+    def __init__(self, key, array, count=None):
+        self.key, self.array, self.count = key, array, len(array) if count is None else count
+
+
+class Tensor:
+    """Stands for a tensor: pickled as a call of PyTorch's rebuilding function."""
+
+    def __init__(self, storage, offset, shape, strides):
+        self.arguments = (storage, offset, shape, strides, False, collections.OrderedDict())
+
+    def __reduce__(self):
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, self.arguments
+
+
+@contextlib.contextmanager
+def torchs_names():
+    """Lets pickle find the names that PyTorch's pickles use."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    rebuild = lambda *arguments: None
+    rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = rebuild
+    torch.FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
+    torch.HalfStorage = type("HalfStorage", (), {"__module__": "torch"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        patch.setitem(sys.modules, "torch._utils", utils)
+        yield torch
+
+
+def write_pth(path, contents, compression=zipfile.ZIP_STORED):
+    """Writes what torch.save would; arrays in `contents` become tensors, each with a storage of its own."""
+    storages = []
+
+    def tensor(array):
+        storages.append(Storage(str(len(storages)), array.reshape(-1)))
+        strides = tuple(stride // array.itemsize for stride in np.empty(array.shape, array.dtype).strides)
+        return Tensor(storages[-1], 0, array.shape, strides)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if not isinstance(value, Storage):
+                return None
+            if value not in storages:
+                storages.append(value)
+            kind = torch.HalfStorage if value.array.dtype == np.float16 else torch.FloatStorage
+            return "storage", kind, value.key, "cpu", value.count
+
+    with torchs_names() as torch:
+        file = io.BytesIO()
+        Pickler(file, protocol=2).dump(jax.tree.map(lambda x: tensor(x) if isinstance(x, np.ndarray) else x, contents))
+    entries = {"data.pkl": file.getvalue()} | {f"data/{s.key}": s.array.tobytes() for s in storages}
+    return write_archive(path, entries, compression)
+
+
+def write_archive(path, entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+def expect_lenet(variables, dtype=np.float32):
+    expected = {"params": layouts.from_torch("lenet", LENET)}
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(dtype)}
+
+
+# PyTorch
+
+
+def test_a_file_of_pytorchs_own_gives_every_dtype_stride_and_offset():
+    arrays = torch_zip.read(GOLDEN / "torch_tensors.pth")
+    assert set(arrays) == set(make_torch_files.CONTENTS)  # "module." is gone, and so is the checkpoint around
+    for name, (value, dtype) in make_torch_files.CONTENTS.items():
+        assert arrays[name].dtype.name == dtype and arrays[name].shape == value.shape, name
+        np.testing.assert_array_equal(arrays[name].astype(np.float64), value, err_msg=name)
+
+
+@pytest.mark.parametrize("nest", ["plain", "state_dict", "model", "prefix"])
+def test_a_state_dict_is_found_wherever_training_scripts_put_it(tmp_path, nest):
+    wrap = {
+        "plain": lambda weights: weights,
+        "prefix": lambda weights: {f"module.net.{name}": array for name, array in weights.items()},
+    }
+    contents = wrap[nest](LENET) if nest in wrap else {"epoch": 7, nest: LENET, "optimizer": {"lr": [0.1, None]}}
+    expect_lenet(pretrained.load(write_pth(tmp_path / "net.pth", contents), "lenet"))
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    half = {name: array.astype(np.float16) for name, array in LENET.items() if array.size < 2000}
+    path = write_pth(tmp_path / "net.pt", half)
+    assert {array.dtype.name for array in torch_zip.read(path).values()} == {"float16"}
+    whole = {name: np.ones(array.shape, np.float16) for name, array in LENET.items()}
+    variables = pretrained.load(write_pth(tmp_path / "net.pt", whole), "lenet")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+
+
+class Call:
+    """Pickles as a call of any function whatsoever."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "named"),
+    [
+        (os.system, ("touch {marker}",), "system"),
+        (eval, ("open('{marker}', 'w')",), "builtins?__.eval|builtin__.eval"),
+        (open, ("{marker}", "w"), "io.open"),
+        (getattr, ("", "join"), "getattr"),
+        (types.SimpleNamespace, (), "types.SimpleNamespace"),
+        (np.dtype, ("f4",), "numpy.dtype"),
+    ],
+    ids=["system", "eval", "open", "getattr", "namespace", "numpy"],
+)
+def test_a_pickle_that_would_call_something_is_refused_and_nothing_runs(tmp_path, function, arguments, named):
+    marker = tmp_path / "it_ran"
+    call = Call(function, *(argument.format(marker=marker) for argument in arguments))
+    for contents in (call, {"state_dict": {**LENET, "conv1.weight": call}}):
+        with pytest.raises(WeightsError, match=f"net.pth is refused: it asks for .*({named}), and only tensors"):
+            pretrained.load(write_pth(tmp_path / "net.pth", contents), "lenet")
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x04\x8c\x0ctorch._utils\x8c\x27_rebuild_tensor_v2.__globals__.__getitem__\x93.",  # reaching through a name
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00functionK\x01s\x86b.",  # changing it
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",  # making an instance of it
+        b"\x80\x02\x82\x01.",  # a registered extension
+        b"\x80\x02(X\x07\x00\x00\x00storageK\x01X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",  # a storage of no type
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # memo entry 2^31: the C implementation would reserve 16 GB
+        b"\x80\x02K\x01.",  # a number
+        b"\x80\x02}.",  # nothing
+        b"",
+        b"not a pickle",
+    ],
+)
+def test_pickles_that_misuse_what_is_allowed_are_refused(tmp_path, program):
+    path = write_archive(tmp_path / "net.pth", {"data.pkl": program, "data/0": b"1234"})
+    with pytest.raises(WeightsError, match="net.pth"):
+        pretrained.load(path, "lenet")
+    assert layouts.from_torch("lenet", LENET)["conv1"]["kernel"].shape == (5, 5, 1, 20)  # and nothing was changed
+
+
+def test_tensors_stay_within_their_storage_and_storages_within_the_file(tmp_path):
+    path, numbers = tmp_path / "net.pth", np.arange(6, dtype=np.float32)
+    for arguments in ((1, (2, 3), (3, 1)), (0, (2, 3), (4, 1)), (6, (), ()), (0, (7,), (1,))):
+        write_pth(path, {"x": Tensor(Storage("0", numbers), *arguments)})
+        with pytest.raises(WeightsError, match="reaches beyond its storage of 6 numbers"):
+            torch_zip.read(path)
+    for arguments in ((-1, (2,), (1,)), (0, (2,), (-1,)), (0, (2.0,), (1,)), (0, (2, 3), (1,))):
+        write_pth(path, {"x": Tensor(Storage("0", numbers), *arguments)})
+        with pytest.raises(WeightsError, match="net.pth"):
+            torch_zip.read(path)
+    write_pth(path, {"x": Tensor(Storage("0", numbers, count=600), 0, (600,), (1,))})
+    with pytest.raises(WeightsError, match="storage 0 has 6 numbers instead of 600"):
+        torch_zip.read(path)
+    write_pth(path, {"x": np.zeros(1000, np.float32)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match="is compressed"):
+        torch_zip.read(path)
+    with pytest.raises(WeightsError, match="without PyTorch's data.pkl"):
+        torch_zip.read(write_archive(path, {"code.py": b""}))
+
+
+def test_what_is_no_tensor_is_named(tmp_path):
+    path = write_pth(tmp_path / "net.pth", {"conv1.weight": np.ones(3, np.float32), "epoch": 3, "best": "yes"})
+    with pytest.raises(WeightsError, match="net.pth has best, epoch among its tensors"):
+        torch_zip.read(path)
+
+
+def test_a_damaged_pickle_never_raises_anything_else(tmp_path):
+    with zipfile.ZipFile(GOLDEN / "torch_tensors.pth") as archive:
+        entries = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    generator, refused = np.random.default_rng(0), 0
+    for _ in range(200):
+        damaged = bytearray(entries["data.pkl"])
+        damaged[generator.integers(len(damaged))] = generator.integers(256)
+        path = write_archive(tmp_path / "net.pth", entries | {"data.pkl": bytes(damaged)})
+        try:
+            torch_zip.read(path)
+        except WeightsError:
+            refused += 1
+    assert refused > 60  # The others changed a number or a name, as far as a reader can tell.
+
+
+def test_the_old_format_needs_pytorch_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"torch_tensors_legacy.pth is no zip archive.*'dd_jax\[torch\]'"):
+        files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
+
+
+def test_the_old_format_is_read_by_pytorchs_restricted_loader(monkeypatch):
+    class Array(np.ndarray):
+        detach = float = numpy = lambda self: self
+
+    calls, one = [], np.ones(3, np.float32).view(Array)
+    load = lambda path, **options: calls.append(options) or {"state_dict": {"module.conv1.weight": one}}
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, Tensor=Array))
+    arrays = files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
+    assert calls == [{"map_location": "cpu", "weights_only": True}] and list(arrays) == ["conv1.weight"]
+
+
+# Caffe
+
+
+@pytest.fixture(scope="module")
+def caffe_net():
+    """protobuf's own NetParameter, of the part of caffe.proto that matters."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="caffe_part.proto", package="caffe", syntax="proto2")
+    kinds = {"int": field.TYPE_INT64, "text": field.TYPE_STRING, "float": field.TYPE_FLOAT, "double": field.TYPE_DOUBLE}
+
+    def message(name, /, **fields):
+        made = file.message_type.add(name=name)
+        for key, (number, kind) in fields.items():
+            repeated, kind = kind.startswith("*"), kind.lstrip("*").rstrip("!")
+            added = made.field.add(name=key, number=number, type=kinds.get(kind, field.TYPE_MESSAGE))
+            added.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            added.options.packed = repeated and kind in kinds and not fields[key][1].endswith("!")
+            if kind not in kinds:
+                added.type_name = f".caffe.{kind}"
+
+    message("Shape", dim=(1, "*int"))
+    message(
+        "Blob", num=(1, "int"), channels=(2, "int"), height=(3, "int"), width=(4, "int"),
+        data=(5, "*float"), diff=(6, "*float"), shape=(7, "Shape"), double_data=(8, "*double"),
+    )  # fmt: skip
+    message("LooseBlob", num=(1, "int"), channels=(2, "int"), height=(3, "int"), width=(4, "int"), data=(5, "*float!"))
+    message("Layer", name=(1, "text"), type=(2, "text"), blobs=(7, "*Blob"))
+    message("V0", name=(1, "text"))
+    message(
+        "V1",
+        v0=(1, "V0"),
+        bottom=(2, "*text"),
+        name=(4, "text"),
+        type=(5, "int"),
+        blobs=(6, "*Blob"),
+        decay=(8, "*float!"),
+    )
+    message("Net", name=(1, "text"), layers=(2, "*V1"), input_dim=(4, "*int!"), layer=(100, "*Layer"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return lambda name="Net": message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}"))()
+
+
+def lenet_caffemodel(net, old, double=False):
+    """LeNet as Caffe stores it: with input and ReLU layers between, and in the old format with shapes of rank 4."""
+    net.name = "LeNet"
+    (net.layers if old else net.layer).add(name="data")
+    for layer in ("conv1", "conv2", "fc1", "fc2"):
+        made = (net.layers if old else net.layer).add(name=layer)
+        for leaf in ("weight", "bias"):
+            array = LENET[f"{layer}.{leaf}"]
+            blob = made.blobs.add()
+            (blob.double_data if double else blob.data).extend(array.reshape(-1).tolist())
+            if old:
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+            else:
+                blob.shape.dim.extend(array.shape)
+        (net.layers if old else net.layer).add(name=f"relu_{layer}")
+    if old:
+        net.input_dim.extend((1, 1, 28, 28))
+        net.layers[1].decay.extend((1.0, 0.0))
+    return net.SerializeToString()
+
+
+@pytest.mark.parametrize(("old", "double"), [(False, False), (True, False), (False, True)])
+def test_caffes_files_are_read(tmp_path, caffe_net, old, double):
+    path = tmp_path / "lenet.caffemodel"
+    path.write_bytes(lenet_caffemodel(caffe_net(), old, double))
+    expect_lenet(pretrained.load(path, "lenet"))
+
+
+def test_numbers_need_not_be_packed(caffe_net):
+    blob = caffe_net("LooseBlob")
+    blob.num, blob.channels, blob.height, blob.width = 1, 1, 2, 3
+    blob.data.extend(range(6))
+    array = caffe._array(memoryview(blob.SerializeToString()), "x")
+    np.testing.assert_array_equal(array, np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
+def test_caffes_oldest_format_and_wrong_sizes_are_refused(tmp_path, caffe_net):
+    path, net = tmp_path / "net.caffemodel", caffe_net()
+    net.layers.add().v0.name = "conv1"
+    path.write_bytes(net.SerializeToString())
+    with pytest.raises(WeightsError, match="format of 2013; run Caffe's upgrade_net_proto_binary"):
+        caffe.read(path)
+    net = caffe_net()
+    blob = net.layer.add(name="conv1").blobs.add(data=[1.0, 2.0, 3.0])
+    blob.shape.dim.extend((2, 2))
+    path.write_bytes(net.SerializeToString())
+    with pytest.raises(WeightsError, match=r"conv1.weight has 3 numbers.*shape \(2, 2\)"):
+        caffe.read(path)
+    for content in (b"", b"\xff" * 30, b"hello, caffe", b"\x08"):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match="net.caffemodel cannot be read"):
+            caffe.read(path)
+
+
+# MatConvNet
+
+
+def simplenn(weights, field="weights"):
+    """A cell array of layers as MatConvNet's: those with weights, each followed by one without."""
+    layers = []
+    for filters, biases in weights:
+        if field == "weights":
+            pair = np.empty((1, 2), object)
+            pair[0, 0], pair[0, 1] = filters, biases[None]
+            layers.append({"type": "conv", "weights": pair, "stride": np.ones((1, 2))})
+        else:
+            layers.append({"type": "conv", "filters": filters, "biases": biases[None]})
+        layers.append({"type": "relu"})
+    cell = np.empty((1, len(layers)), object)
+    cell[0, :] = layers
+    return cell
+
+
+def lenet_filters():
+    """LeNet's weights as MatConvNet has them: (height, width, in, out), of linear layers too."""
+    torchs = {layer: (LENET[f"{layer}.weight"], LENET[f"{layer}.bias"]) for layer in ("conv1", "conv2", "fc1", "fc2")}
+    whole = {"fc1": (500, 50, 4, 4), "fc2": (2, 500, 1, 1)}
+    return [(w.reshape(whole.get(layer, w.shape)).transpose(2, 3, 1, 0), b) for layer, (w, b) in torchs.items()]
+
+
+@pytest.mark.parametrize(("field", "nested"), [("weights", True), ("weights", False), ("filters", True)])
+def test_matconvnets_files_are_read(tmp_path, field, nested):
+    net = {"layers": simplenn(lenet_filters(), field), "meta": {"epoch": 3.0}}
+    scipy.io.savemat(tmp_path / "lenet.mat", {"net": net} if nested else net)
+    expect_lenet(pretrained.load(tmp_path / "lenet.mat", "lenet"))
+
+
+def test_layers_are_named_in_the_order_in_which_the_net_runs_through_them():
+    order = ["conv1", "cccp1", "cccp2", "conv2", "cccp3", "cccp4", "conv3", "cccp5", "cccp6"]
+    assert layouts.layer_names("nin") == order
+    assert layouts.layer_names("alexnet") == [*(f"conv{i}" for i in range(1, 6)), "fc6", "fc7", "fc8"]
+
+
+def test_filters_imported_from_caffe_are_turned_back_to_bgr(tmp_path):
+    filters = np.arange(2 * 2 * 3 * 4, dtype=np.float32).reshape(2, 2, 3, 4)
+    pairs = [(filters, np.ones(4, np.float32)), (filters.reshape(2, 2, 4, 3), np.ones(3, np.float32))]
+    scipy.io.savemat(tmp_path / "net.mat", {"layers": simplenn(pairs)})
+    arrays = matconvnet.read(tmp_path / "net.mat", ["a"], reverse_channels=True)
+    assert list(arrays) == ["a.weight", "a.bias", "extra1.weight", "extra1.bias"]
+    assert arrays["a.weight"][3, 0, 1, 0] == filters[1, 0, 2, 3]
+    assert arrays["extra1.weight"][2, 0, 1, 0] == filters.reshape(2, 2, 4, 3)[1, 0, 0, 2]
+    with pytest.raises(WeightsError, match="missing: conv3.weight.*fc8.bias"):  # alexnet's, by name
+        pretrained.load(tmp_path / "net.mat", "alexnet")
+
+
+def test_other_matlab_files_are_refused(tmp_path):
+    path = tmp_path / "net.mat"
+    scipy.io.savemat(path, {"images": np.ones(3)})
+    with pytest.raises(WeightsError, match="does not hold a SimpleNN net"):
+        pretrained.load(path, "lenet")
+    normalised = np.empty((1, 3), object)
+    normalised[0, :] = [np.ones((2, 2, 1, 3)), np.ones(3), np.ones((3, 2))]  # of a layer with moments
+    scipy.io.savemat(path, {"layers": np.array([[{"weights": normalised}]], object)})
+    with pytest.raises(WeightsError, match="does not hold a SimpleNN net"):
+        pretrained.load(path, "lenet")
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(64))
+    with pytest.raises(WeightsError, match=r"MATLAB 7.3 file; write it anew with save\(..., '-v7'\)"):
+        pretrained.load(path, "lenet")
+
+
+# All kinds
+
+
+def written(directory, kind, caffe_net):
+    path = directory / f"lenet.{kind}"
+    if kind in ("pth", "model"):
+        write_pth(path, LENET)
+    elif kind == "safetensors":
+        safetensors.numpy.save_file(LENET, path)
+    elif kind == "caffemodel":
+        path.write_bytes(lenet_caffemodel(caffe_net(), old=False))
+    elif kind == "mat":
+        scipy.io.savemat(path, {"net": {"layers": simplenn(lenet_filters())}})
+    else:
+        np.savez(path, **LENET)
+    return path
+
+
+each_kind = pytest.mark.parametrize("kind", [suffix[1:] for suffix in files.SUFFIXES if suffix != ".pt"])
+
+
+@each_kind
+def test_whole_files_load_truncated_ones_are_refused(tmp_path, monkeypatch, caffe_net, kind):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = written(tmp_path, kind, caffe_net)
+    expect_lenet(pretrained.load(path, "lenet"))
+    content = path.read_bytes()
+    for length in (0, 1, 4, 200, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(WeightsError, match=f"lenet.{kind}") as caught:
+            pretrained.load(path, "lenet")
+        assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize("kind", ["pth", "npz"])
+def test_a_flipped_bit_among_the_numbers_is_noticed_where_there_is_a_checksum(tmp_path, caffe_net, kind):
+    path = written(tmp_path, kind, caffe_net)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"lenet.{kind} is damaged.*CRC"):
+        pretrained.load(path, "lenet")
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "caffemodel", "npz"])
+def test_one_error_lists_all_that_does_not_fit(tmp_path, monkeypatch, caffe_net, kind):
+    monkeypatch.setitem(LENET, "fc1.bias", np.zeros(77, np.float32))
+    path = written(tmp_path, kind, caffe_net)
+    with pytest.raises(WeightsError) as caught:
+        pretrained.load(path, "mlp")
+    for word in (
+        f"lenet.{kind}: ",
+        "missing: ",
+        "fc3.weight (10, 150)",
+        "unknown: ",
+        "of another shape: ",
+        "fc1.bias (77,)",
+    ):
+        assert word in str(caught.value)
+
+
+def test_unknown_kinds_absent_files_and_unknown_nets_are_said(tmp_path):
+    with pytest.raises(WeightsError, match=r"net.h5 is of no known kind: .*\.pth \(PyTorch\).*\.mat \(MatConvNet\)"):
+        pretrained.load(tmp_path / "net.h5", "lenet")
+    with pytest.raises(WeightsError, match="There is no file .*net.pth"):
+        pretrained.load(tmp_path / "net.pth", "lenet")
+    safetensors.numpy.save_file(LENET, tmp_path / "net.safetensors")
+    with pytest.raises(WeightsError, match="'vgg'.*mlp, lenet, convnet, nin, alexnet"):
+        pretrained.load(tmp_path / "net.safetensors", "vgg")
+
+
+def test_bfloat16_goes_through_safetensors(tmp_path):
+    arrays = {"count": np.array(3), "x": np.arange(6, dtype=np.float32).astype(jax.numpy.bfloat16).reshape(2, 3).T}
+    files.save_safetensors(tmp_path / "x.safetensors", arrays)
+    read, count = (files.read(tmp_path / "x.safetensors", "lenet")[name] for name in ("x", "count"))
+    assert read.dtype == jax.numpy.bfloat16 and read.shape == (3, 2) and float(read[1, 1]) == 4 and count.shape == ()
+
+
+# The command
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dd_jax.pretrained", *map(str, arguments)])
+    __main__.main()
+
+
+def test_the_command_converts(tmp_path, monkeypatch, capsys):
+    source = write_pth(tmp_path / "in.pth", {"state_dict": {f"module.{name}": array for name, array in LENET.items()}})
+    target = tmp_path / "out.safetensors"
+    run_command(monkeypatch, source, "--model", "lenet", target)
+    assert capsys.readouterr().out == f"{target} holds the 8 arrays of lenet.\n"
+    jax.tree.map(np.testing.assert_array_equal, safetensors.numpy.load_file(target), LENET)
+    expect_lenet(pretrained.load(target, "lenet"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "sentence"),
+    [
+        ("mlp", "out.safetensors", "missing: .*unknown: "),
+        ("lenet", "out.pth", "give it a name that ends in .safetensors"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, monkeypatch, model, target, sentence):
+    source = write_pth(tmp_path / "in.pth", LENET)
+    with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+        run_command(monkeypatch, source, "--model", model, tmp_path / target)
+    assert not (tmp_path / target).exists()
+
+
+def test_statistics_of_batch_normalisation_are_variables_too():
+    model, name = models.create("resnet18", num_classes=3), "resnet18"
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+    assert len(shapes) == 62 + 40
+    entries = {
+        layouts._entry(name, path): layouts._torch_shape(s) for path, s in layouts._expected_shapes(name, 3).items()
+    }
+    assert {"layer1.0.bn1.running_mean", "layer2.0.downsample.0.weight", "layer4.0.downsample.1.running_var"} < set(
+        entries
+    )
+    arrays = {entry: np.broadcast_to(np.float32(0), shape) for entry, shape in entries.items()}
+    arrays |= {
+        entry.replace("running_mean", "num_batches_tracked"): np.array(1) for entry in entries if "mean" in entry
+    }
+    variables = layouts.variables_from_torch(name, arrays)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
