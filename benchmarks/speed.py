@@ -103,29 +103,31 @@ def measure_deepfool(apply_fn: Net, params: Any, inputs: jax.Array) -> dict[str,
 
 
 def measure_growth(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Array) -> dict[str, dict[int, float]]:
-    """How the seconds of a step grow with the batch, the number of classes and DeepFool's limit of steps."""
+    """How a step's seconds grow with the batch, the classes and the limit of steps; its memory with the classes at once."""
 
-    def seconds(net: Net, x: jax.Array, y: jax.Array, **options: Any) -> float:
+    def gradient(net: Net, x: jax.Array, y: jax.Array, **options: Any) -> Any:
         loss = lambda params: dd_jax.deep_defense_loss(partial(net, params), x, y, **options)[0].mean()
-        gradient, _ = compiled(jax.grad(loss), params)
-        return timed(lambda: gradient(params), seconds=1.0)
+        return compiled(jax.grad(loss), params)[0]
 
-    def with_classes(classes: int) -> Net:
+    def seconds(*arguments: Any, **options: Any) -> float:
+        step = gradient(*arguments, **options)
+        return timed(lambda: step(params), seconds=1.0)
+
+    def with_classes(classes: int) -> tuple[Net, jax.Array, jax.Array]:
         mixing = jnp.asarray(np.random.default_rng(0).standard_normal((10, classes)) / np.sqrt(10), jnp.float32)
-        return lambda params, x: apply_fn(params, x) @ mixing
+        net = lambda params, x: apply_fn(params, x) @ mixing
+        return net, x, jnp.argmax(net(params, x), axis=-1)
+
+    def megabytes(at_once: int) -> float:
+        step = gradient(*with_classes(100), classes_at_once=at_once)
+        return step.memory_analysis().temp_size_in_bytes / 1e6
 
     x, y = inputs[:100], labels[:100]
     return {
-        "batch": {batch: seconds(apply_fn, inputs[:batch], labels[:batch]) for batch in (1, 10, 100, 1000)},
-        "classes": {
-            classes: seconds(net := with_classes(classes), x, jnp.argmax(net(params, x), axis=-1))
-            for classes in (2, 10, 100)
-        },
-        "num_steps": {limit: seconds(apply_fn, x, y, num_steps=limit) for limit in (1, 5, 50)},
-        "classes at once, of 100": {
-            at_once: seconds(net := with_classes(100), x, jnp.argmax(net(params, x), axis=-1), classes_at_once=at_once)
-            for at_once in (10, 33, 99)
-        },
+        "seconds by batch": {batch: seconds(apply_fn, inputs[:batch], labels[:batch]) for batch in (1, 10, 100, 1000)},
+        "seconds by classes": {classes: seconds(*with_classes(classes)) for classes in (2, 10, 100)},
+        "seconds by num_steps": {limit: seconds(apply_fn, x, y, num_steps=limit) for limit in (1, 5, 50)},
+        "MB by classes_at_once, of 100 classes": {at_once: megabytes(at_once) for at_once in (10, 33, 99)},
     }
 
 
@@ -182,10 +184,8 @@ def tables(results: list[dict[str, Any]]) -> str:
                 f"{theirs['temporary_megabytes']:.0f} MB; losses {ours['loss']:.6f} and {theirs['loss']:.6f}"
             )
     for net in results:
-        for quantity, seconds in net.get("growth", {}).items():
-            lines.append(
-                f"{net['net']}, seconds by {quantity}: " + ", ".join(f"{n}: {s:.3f}" for n, s in seconds.items())
-            )
+        for growth, values in net.get("growth", {}).items():
+            lines.append(f"{net['net']}, {growth}: " + ", ".join(f"{n}: {value:.3g}" for n, value in values.items()))
     return "\n".join(lines)
 
 
