@@ -30,7 +30,7 @@ from dd_jax.rewriting import operations
 from dd_jax.types import AttackResult, LogitsFn
 
 TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a whole batch, by backend; measured.
-SMALLEST_TURN = {"cpu": 16}  # Fewer rows than this do not fill the device.
+SMALLEST_TURN = {"cpu": 4}  # Fewer rows than this do not fill the device.
 DEFAULT_SMALLEST_TURN = 64
 LEAST_WORK = {"cpu": 4e7}  # Operations of a turn's forward pass: with fewer, small products run below their speed.
 LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
