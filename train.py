@@ -53,7 +53,7 @@ def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
     if parallel.is_primary():
         configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
     parallel.wait_for_all("claimed")
-    command_line.say(f"{parts.data.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}")
+    command_line.say(f"{parts.feed.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}")
     report = reports.make_report(parts, runs.run(parts))
     if parallel.is_primary():
         path = reports.write(report, workdir)

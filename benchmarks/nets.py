@@ -39,7 +39,7 @@ def load(
     overrides += [f"--config.data.train_limit={TRAIN_LIMIT.get(name, 0)}"]
     config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
     parts = experiment.build(config, workdir / name)
-    inputs, labels = jnp.asarray(parts.train_inputs[:1000]), jnp.asarray(parts.data.train_labels[:1000])
+    inputs, labels = jnp.asarray(parts.feed.train_inputs[:1000]), jnp.asarray(parts.feed.data.train_labels[:1000])
     if weights is not None:
         with np.load(weights / f"{name}.npz") as arrays:
             named = {key.removeprefix("param/"): arrays[key] for key in arrays.files}
@@ -61,7 +61,7 @@ def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
         with np.load(path) as arrays:
             return flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
     path.parent.mkdir(parents=True, exist_ok=True)
-    model, images, labels = parts.model, parts.train_inputs, parts.data.train_labels
+    model, images, labels = parts.model, parts.feed.train_inputs, parts.feed.data.train_labels
     params = centred(model, model.init(jax.random.key(0), images[:1])["params"], images[:50])
     schedule = optax.warmup_cosine_decay_schedule(NIN_RATE / 10, NIN_RATE, 10, TRAINING_STEPS["nin"])
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule, momentum=0.9))

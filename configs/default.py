@@ -19,11 +19,12 @@ def get_config() -> ConfigDict:
                 "compute_dtype": "float32",  # bfloat16: weights and activations in the net; perturbations stay float32
             },
             "data": {
-                "name": "digits",  # digits, mnist, cifar10
-                "dir": "",  # where TFDS keeps its data sets; "": its own default. Also --data_dir.
+                "name": "digits",  # digits, mnist, cifar10, imagenet2012, image_folder (a directory of images per class)
+                "dir": "",  # where TFDS keeps its data sets; "": its own default; or the image folder. Also --data_dir.
                 # none, mean_image, contrast_whiten, caffe, torchvision; paper: as the paper for the set (and net)
                 "preprocessing": "paper",
                 "flip": False,  # mirror half of the training images
+                "num_workers": 0,  # processes that decode images of imagenet2012 and image_folder; 0: this one does
                 "train_limit": 0,  # only the first so many training images; 0: all
                 "test_limit": 0,  # only the first so many test images; 0: all
             },

@@ -217,7 +217,8 @@ def fooling_examples(nets: Sequence[Net]) -> tuple[np.ndarray, list[plots.Exampl
     to_images = data.make_to_images(run.preprocessing)
     if to_images is None:
         return None
-    inputs, labels = run.test_inputs[:EXAMPLE_CANDIDATES], run.data.test_labels[:EXAMPLE_CANDIDATES]
+    batch = next(iter(run.feed.test_examples().batches(EXAMPLE_CANDIDATES, EXAMPLE_CANDIDATES)))
+    inputs, labels = (batch[name][batch["mask"] > 0] for name in ("image", "label"))
     settings = experiment.evaluation_settings(run.config)
     options = dict(num_steps=settings.num_steps, overshoot=settings.overshoot, num_candidates=settings.num_candidates)
 

@@ -16,11 +16,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dd_jax import baselines, models, training
-from dd_jax.data import PREPROCESSINGS, SOURCES
+from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
 from dd_jax.norms import NORMS
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
-NOT_PART_OF_THE_RUN = ("data.dir",)  # May differ from one machine to the next.
+NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers")  # May differ from one machine to the next.
 
 
 class ConfigurationError(ValueError):
@@ -30,7 +30,7 @@ class ConfigurationError(ValueError):
 CHOICES = {
     "model.name": models.NAMES,
     "model.compute_dtype": ("float32", "bfloat16"),
-    "data.name": SOURCES,
+    "data.name": (*SOURCES, *STREAMED_SOURCES),
     "data.preprocessing": ("paper", *PREPROCESSINGS),
     "defense.name": baselines.NAMES,
     "defense.norm": NORMS,

@@ -12,9 +12,9 @@ share of the batch, adds up the sums and puts the rows back together. `shared` h
 same for every example.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,29 @@ BatchFn = Callable[[Mapping[str, Any], Mapping[str, Array]], tuple[Any, Rows | N
 """(what all examples share, a batch) -> (sums over the examples, what is needed of each example if anything)."""
 
 NAMES = (*metrics.MEASUREMENTS, "pass")
+
+
+class Examples(NamedTuple):
+    """What to measure on.
+
+    count: how many examples there are. shape: of one. limits: the least and the greatest value that an input has.
+    batches: (the first so many, batch size) -> batches of one shape, {"image", "label", "mask"}, mask 0 where a place is
+    empty. A batch comes as `compile_fn` takes it: the whole one, or a process's share.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    batches: Callable[[int, int], Iterable[Mapping[str, np.ndarray]]]
+    limits: tuple[float, float]
+
+
+def in_memory(inputs: Inputs, labels: Labels) -> Examples:
+    """Examples that are at hand: inputs as the net takes them, float32 `(n, h, w, c)`, and int32 labels `(n,)`."""
+    limits = (float(inputs.min()), float(inputs.max())) if len(inputs) else (0.0, 1.0)
+    first = lambda count, batch_size: evaluation_batches(inputs[:count], labels[:count], batch_size)
+    return Examples(len(labels), inputs.shape[1:], first, limits)
+
+
 BATCH_SIZE = 500
 GRID_SIZE, GRID_SPAN = 16, 1000.0  # Of the first search for `half_epsilon`; later ones have as many points.
 PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
@@ -47,8 +70,7 @@ PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the la
 def measure(
     apply_fn: ApplyFn,
     variables: Any,
-    inputs: Inputs,
-    labels: Labels,
+    examples: Examples,
     *,
     settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
     names: Sequence[str] = ("deepfool",),
@@ -56,6 +78,7 @@ def measure(
     carlini_wagner_examples: int | None = 500,
     batch_size: int = BATCH_SIZE,
     bounds: Bounds | None = None,
+    box: Bounds | None = None,
     to_images: ToImages | None = None,
     description: str = "measuring",
     show_progress: bool = True,
@@ -65,14 +88,15 @@ def measure(
 
     Args:
       apply_fn, variables: the net, `apply_fn(variables, inputs) -> logits`, row by row; variables may be any pytree.
-      inputs, labels: as the net takes them, float32 `(n, h, w, c)`, and int32 `(n,)`.
+      examples: what to measure on; `in_memory(inputs, labels)`.
       settings: options of the attacks.
       names: of NAMES. Whichever are asked for, each gives the same.
       limit: measure the first `limit` examples only.
       carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
       batch_size: how many are attacked at once; no figure depends on it, but for PGD's from random starts.
-      bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGS, PGD and C&W. None: FGS and PGD
-        go where they like; C&W, which needs a box, takes the least and the greatest value among all inputs.
+      bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGS and PGD. None: they go where they
+        like.
+      box: the same for C&W, which needs one. None: the bounds, or else the least and the greatest value among all inputs.
       to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
       description: in front of the progress bars.
       show_progress: whether there are any.
@@ -94,14 +118,13 @@ def measure(
         raise ValueError(
             f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or None for all."
         )
-    inputs, labels = inputs[:limit], labels[:limit]
-    check_not_empty(labels)
+    examples = limited(examples, limit)
 
-    def summary(names: Sequence[str], count: int | None, description: str, bounds: Bounds | None) -> Summary:
+    def summary(names: Sequence[str], examples: Examples, description: str, bounds: Bounds | None) -> Summary:
         batch_fn = compiled_sums(apply_fn, tuple(names), settings, compile_fn)
-        shared = {"variables": variables, "bounds": broadcast(bounds, inputs)}
+        shared = {"variables": variables, "bounds": broadcast(bounds, examples.shape)}
         total = None
-        for i, batch in enumerate(batches(inputs[:count], labels[:count], batch_size, description, show_progress)):
+        for i, batch in enumerate(batches(examples, batch_size, description, show_progress)):
             sums, rows = jax.device_get(batch_fn(shared | {"key": random_key(settings, i)}, batch))
             sums = jax.tree.map(np.float64, sums)
             if rows is not None:
@@ -110,10 +133,11 @@ def measure(
         return metrics.summarise(total)
 
     slow = "carlini_wagner"
-    found = summary([name for name in names if name != slow], None, description, bounds)
+    found = summary([name for name in names if name != slow], examples, description, bounds)
     if slow in names:
-        box = bounds if bounds is not None else (float(inputs.min()), float(inputs.max()))
-        by_slow = summary([slow], carlini_wagner_examples, f"{description} (C&W)", box)
+        given = box if box is not None else bounds
+        few = limited(examples, carlini_wagner_examples)
+        by_slow = summary([slow], few, f"{description} (C&W)", examples.limits if given is None else given)
         found[f"{slow}_examples"] = by_slow.pop("num_examples")
         found |= {name: value for name, value in by_slow.items() if name not in found}
     if "fgs" in names:
@@ -124,10 +148,10 @@ def measure(
 def fgs_accuracy(
     apply_fn: ApplyFn,
     variables: Any,
-    inputs: Inputs,
-    labels: Labels,
+    examples: Examples,
     epsilons: Sequence[float],
     *,
+    limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     bounds: Bounds | None = None,
     description: str = "accuracy under FGS",
@@ -139,23 +163,23 @@ def fgs_accuracy(
     epsilons: in the units of the inputs, 0 or more, in any order; compiled once for every number of them. The rest, and
     what raises: as in `measure`.
     """
-    check_not_empty(labels)
+    examples = limited(examples, limit)
     if len(epsilons) == 0 or not min(epsilons) >= 0:
         raise ValueError(f"epsilons must be one number or more, each 0 or more; got {list(epsilons)}.")
     batch_fn = compiled_curve(apply_fn, compile_fn)
-    box = broadcast(bounds, inputs)
+    box = broadcast(bounds, examples.shape)
     shared = {"variables": variables, "bounds": box, "epsilons": np.asarray(epsilons, np.float32)}
-    num_right = np.zeros(len(epsilons), np.int64)
-    for batch in batches(inputs, labels, batch_size, description, show_progress):
-        num_right += np.asarray(batch_fn(shared, batch)[0])
-    return (num_right / len(labels)).tolist()
+    num_right, num_examples = np.zeros(len(epsilons), np.int64), 0
+    for batch in batches(examples, batch_size, description, show_progress):
+        right, seen = batch_fn(shared, batch)[0]
+        num_right, num_examples = num_right + np.asarray(right), num_examples + int(seen)
+    return (num_right / max(num_examples, 1)).tolist()
 
 
 def half_epsilon(
     apply_fn: ApplyFn,
     variables: Any,
-    inputs: Inputs,
-    labels: Labels,
+    examples: Examples,
     *,
     max_epsilon: float = 1.0,
     description: str = "epsilon of 50 %",
@@ -168,7 +192,7 @@ def half_epsilon(
     rises above a half and falls below again between two points, that is missed. What is misclassified anyway counts.
 
     Args:
-      apply_fn, variables, inputs, labels: as in `measure`.
+      apply_fn, variables, examples: as in `measure`.
       max_epsilon: in the units of the inputs, more than 0.
       description, options: of `fgs_accuracy`.
 
@@ -181,7 +205,7 @@ def half_epsilon(
 
     def first_fall(grid: Sequence[float]) -> int:
         """The place in the grid of the first epsilon at which half of the images have fallen; after its end if none."""
-        found = fgs_accuracy(apply_fn, variables, inputs, labels, grid, description=description, **options)
+        found = fgs_accuracy(apply_fn, variables, examples, grid, description=description, **options)
         return [*(accuracy <= 0.5 for accuracy in found), True].index(True)
 
     grid = [0.0, *np.geomspace(max_epsilon / GRID_SPAN, max_epsilon, GRID_SIZE - 1).tolist()]
@@ -196,12 +220,6 @@ def half_epsilon(
         first = first_fall(grid)
         low, high = [low, *grid][first], [*grid, high][first]
     return high
-
-
-def mean_relative_epsilon(epsilon: float, inputs: Inputs) -> float:
-    """rho_inf where one epsilon serves all images: the mean of epsilon / ||x||_inf. An all-zero input counts as 0."""
-    sizes = np.abs(inputs.reshape(len(inputs), -1)).max(axis=1).astype(np.float64)
-    return float(np.mean(np.where(sizes == 0, 0, epsilon / np.where(sizes == 0, 1, sizes))))
 
 
 @lru_cache(maxsize=32)
@@ -223,24 +241,25 @@ def compiled_sums(apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings,
 def compiled_curve(apply_fn: ApplyFn, compile_fn: Callable) -> BatchFn:
     """The compiled function from a batch to how many are classified rightly under FGS, for each epsilon."""
 
-    def num_right(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[Array, None]:
+    def num_right(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[tuple[Array, Array], None]:
         logits_fn = partial(apply_fn, shared["variables"])
         options = dict(epsilons=shared["epsilons"], bounds=shared["bounds"])
         fooled = fgsm_success_curve(logits_fn, batch["image"], batch["label"], **options)
-        return jnp.sum(~fooled & (batch["mask"] > 0)[None], axis=1), None
+        counts = batch["mask"] > 0
+        return (jnp.sum(~fooled & counts[None], axis=1), jnp.sum(counts)), None
 
     return compile_fn(num_right)
 
 
 def batches(
-    inputs: Inputs, labels: Labels, batch_size: int, description: str, show_progress: bool
-) -> Iterator[dict[str, np.ndarray]]:
+    examples: Examples, batch_size: int, description: str, show_progress: bool
+) -> Iterator[Mapping[str, np.ndarray]]:
     """All examples in batches of one shape, with a progress bar that moves when a batch is done."""
-    batch_size = max(1, min(batch_size, len(labels))) if batch_size > 0 else batch_size  # Others are refused below.
-    with progress(description, len(labels), "image", disable=not show_progress) as bar:
-        for batch in evaluation_batches(inputs, labels, batch_size):
+    batch_size = max(1, min(batch_size, examples.count)) if batch_size > 0 else batch_size  # Others are refused below.
+    with progress(description, examples.count, "image", disable=not show_progress) as bar:
+        for batch in examples.batches(examples.count, batch_size):
             yield batch
-            bar.update(int(batch["mask"].sum()))
+            bar.update(min(batch_size, bar.total - bar.n))
 
 
 def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
@@ -256,20 +275,22 @@ def random_key(settings: Settings, batch_index: int) -> PRNGKeyArray | None:
     return None if settings.pgd_seed is None else jax.random.fold_in(jax.random.key(settings.pgd_seed), batch_index)
 
 
-def check_not_empty(labels: Labels) -> None:
-    """Raises ValueError where there is nothing to measure."""
-    if len(labels) == 0:
+def limited(examples: Examples, limit: int | None) -> Examples:
+    """The first `limit` examples, all of them if it is None. ValueError where there are none."""
+    count = examples.count if limit is None else min(limit, examples.count)
+    if count < 1:
         raise ValueError("There is no example to measure: the data set is empty or its limit is 0.")
+    return examples._replace(count=count)
 
 
-def broadcast(bounds: Bounds | None, inputs: Inputs) -> tuple[np.ndarray, ...] | None:
+def broadcast(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[np.ndarray, ...] | None:
     """Bounds of one example, from numbers or from arrays that broadcast to a batch."""
     if bounds is None:
         return None
     try:
-        return tuple(np.broadcast_to(np.asarray(bound, inputs.dtype), (1, *inputs.shape[1:]))[0] for bound in bounds)
+        return tuple(np.broadcast_to(np.asarray(bound, np.float32), (1, *shape))[0] for bound in bounds)
     except ValueError as error:
         shapes = " and ".join(str(np.shape(bound)) for bound in bounds)
         raise ValueError(
-            f"bounds have the shapes {shapes}; they must be numbers or broadcast to one input, {inputs.shape[1:]}."
+            f"bounds have the shapes {shapes}; they must be numbers or broadcast to one input, {shape}."
         ) from error

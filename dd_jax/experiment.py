@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from dd_jax import baselines, data, metrics, models, pretrained, run_log, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.configuration import ConfigurationError, load
-from dd_jax.data import DataSet, Preprocessing
+from dd_jax.data import Preprocessing
+from dd_jax.feeds import InMemory, Streamed
 
 REFERENCE, DEFENDED = "reference", "defended"
 PAPER_PREPROCESSING = {"digits": "none", "mnist": "mean_image", "cifar10": "contrast_whiten"}
@@ -22,15 +23,13 @@ CAFFE_NETS = ("alexnet",)
 
 
 class Experiment(NamedTuple):
-    """All that a run works with. Inputs are preprocessed, float32, in units of 1/255 of a pixel's range."""
+    """All that a run works with."""
 
     config: ConfigDict
     workdir: pathlib.Path
     model: nn.Module
-    data: DataSet
+    feed: InMemory | Streamed
     preprocessing: Preprocessing
-    train_inputs: np.ndarray
-    test_inputs: np.ndarray
 
 
 def build(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
@@ -38,13 +37,12 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
 
     DataError where the data is missing, ConfigurationError where a batch is larger than the data.
     """
-    data_set = load_data(config)
-    model = models.create(config.model.name, num_classes=data_set.num_classes)
     saved = workdir / "preprocessing.npz"
-    fit = lambda: data.fit(preprocessing_name(config), data_set.train_images)
-    preprocessing = Preprocessing.load(saved) if saved.exists() else fit()
-    train_inputs, test_inputs = preprocessing(data_set.train_images), preprocessing(data_set.test_images)
-    experiment = Experiment(config, workdir, model, data_set, preprocessing, train_inputs, test_inputs)
+    preprocessing = Preprocessing.load(saved) if saved.exists() else None
+    open_feed = open_images if config.data.name in data.STREAMED_SOURCES else open_in_memory
+    feed, preprocessing = open_feed(config, preprocessing)
+    model = models.create(config.model.name, num_classes=feed.num_classes)
+    experiment = Experiment(config, workdir, model, feed, preprocessing)
     for stage in (REFERENCE, DEFENDED):
         make_stage(experiment, stage)
     return experiment
@@ -73,15 +71,36 @@ def open_like(experiment: Experiment, workdir: pathlib.Path) -> Experiment:
     return experiment._replace(config=config, workdir=workdir)
 
 
-def load_data(config: ConfigDict) -> DataSet:
-    """The data set in the shape that the net wants. DataError, within a second, where it is missing."""
-    return data.load(
+def open_in_memory(config: ConfigDict, preprocessing: Preprocessing | None) -> tuple[InMemory, Preprocessing]:
+    """A small data set in the shape that the net wants, preprocessed. DataError, within a second, where it is missing."""
+    data_set = data.load(
         config.data.name,
         models.input_shape(config.model.name),
         data_dir=config.data.dir or None,
         train_limit=config.data.train_limit or None,
         test_limit=config.data.test_limit or None,
     )
+    preprocessing = preprocessing or data.fit(preprocessing_name(config), data_set.train_images)
+    inputs = preprocessing(data_set.train_images), preprocessing(data_set.test_images)
+    return InMemory(data_set, *inputs, config.data.flip), preprocessing
+
+
+def open_images(config: ConfigDict, preprocessing: Preprocessing | None) -> tuple[Streamed, Preprocessing]:
+    """Image files, to be decoded while the net trains. DataError where they are missing."""
+    images = data.open_images(
+        config.data.name,
+        data_dir=config.data.dir or None,
+        train_limit=config.data.train_limit or None,
+        test_limit=config.data.test_limit or None,
+    )
+    name = preprocessing_name(config)
+    if name not in data.UNFITTED:
+        raise ConfigurationError(
+            f"data.preprocessing is {name!r}; of images that are streamed it can be {data.UNFITTED}."
+        )
+    preprocessing = preprocessing or Preprocessing(name)
+    crop_size = models.input_shape(config.model.name)[0]
+    return Streamed(images, preprocessing, crop_size, config.data.flip, config.data.num_workers), preprocessing
 
 
 def preprocessing_name(config: ConfigDict) -> str:
@@ -89,7 +108,7 @@ def preprocessing_name(config: ConfigDict) -> str:
     name = config.data.preprocessing
     if name != "paper":
         return name
-    if config.data.name == "imagenet2012":
+    if config.data.name in data.STREAMED_SOURCES:
         return "caffe" if config.model.name in CAFFE_NETS else "torchvision"
     return PAPER_PREPROCESSING[config.data.name]
 
@@ -121,7 +140,7 @@ def make_stage(experiment: Experiment, name: str) -> Stage:
     settings = config[section]
     defense, options = ("clean", {}) if name == REFERENCE else (config.defense.name, defense_options(config))
     try:
-        steps_per_epoch = data.steps_per_epoch(len(experiment.data.train_labels), settings.batch_size)
+        steps_per_epoch = data.steps_per_epoch(experiment.feed.num_train, settings.batch_size)
     except ValueError as error:
         raise ConfigurationError(f"{section}.{error}.") from error
     num_steps = settings.num_epochs * steps_per_epoch
@@ -157,21 +176,21 @@ def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
             raise ConfigurationError(f"reference.source {path} is of {theirs}; this configuration needs {ours}.")
         state = restore(experiment._replace(workdir=path), REFERENCE)
         return state.params, state.batch_stats
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix not in pretrained.SUFFIXES or not path.is_file():
+        kinds = ", ".join(pretrained.SUFFIXES)
         raise ConfigurationError(
-            f"reference.source is {str(path)!r}; it must be a run directory or an .npz file of PyTorch-named arrays."
+            f"reference.source is {str(path)!r}; it must be a run directory or a file of weights ({kinds})."
         )
     try:
-        with np.load(path) as arrays:
-            params = pretrained.from_torch(config.model.name, dict(arrays))
-    except Exception as error:  # Whatever is wrong with the file is the user's to know, without our traceback.
+        variables = pretrained.load(path, config.model.name)
+    except pretrained.WeightsError as error:
         reason = str(error).rstrip(".")
         raise ConfigurationError(f"reference.source {path} is of no use for {config.model.name} ({reason}).") from error
     expected = jax.eval_shape(lambda: untrained(experiment, make_stage(experiment, REFERENCE))).params
-    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
-        classes = experiment.data.num_classes
+    if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected):
+        classes = experiment.feed.num_classes
         raise ConfigurationError(f"reference.source {path} must have {classes} classes, as {config.data.name} has.")
-    return jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32), params), {}
+    return jax.tree.map(jax.numpy.asarray, (variables["params"], variables.get("batch_stats", {})))
 
 
 def restore(experiment: Experiment, stage_name: str) -> training.TrainState:

@@ -10,8 +10,6 @@ import jax
 from dd_jax import data, evaluation, metrics, parallel, training
 from dd_jax.experiment import Experiment, evaluation_settings
 
-DEVICES = {"compile_fn": parallel.sums_and_rows}  # Every measurement is shared among all devices.
-
 
 @lru_cache
 def apply_fn(model: nn.Module, compute_dtype: str) -> evaluation.ApplyFn:
@@ -38,10 +36,10 @@ def measure(
     Adds "epsilon_half", where half of the images have fallen under FGS, where "fgs" is among the names; None: nowhere.
     """
     config, settings = experiment.config, evaluation_settings(experiment.config)
-    net, arrays, shared = _arguments(experiment, state, limit, quiet)
+    net, shared = _arguments(experiment, state, limit, quiet)
     found = evaluation.measure(
         *net,
-        *arrays,
+        box=data.bounds(experiment.preprocessing),
         settings=settings,
         names=names,
         carlini_wagner_examples=config.evaluation.carlini_wagner_examples,
@@ -51,27 +49,28 @@ def measure(
     )
     if "fgs" in names:
         options = dict(max_epsilon=settings.fgs_max_epsilon, description=f"{name:9} epsilon of 50 %")
-        found["epsilon_half"] = evaluation.half_epsilon(*net, *arrays, **options, **shared)
+        found["epsilon_half"] = evaluation.half_epsilon(*net, **options, **shared)
     return found
 
 
 def _arguments(experiment: Experiment, state: training.TrainState, limit: int | None, quiet: bool) -> Any:
-    """What all measurements take: the net, the test images and labels, and how to go about it."""
+    """What all measurements take: the net and the test images, and how to go about it."""
     config = experiment.config
     net = apply_fn(experiment.model, config.model.compute_dtype)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    inputs, labels = experiment.test_inputs[:limit], experiment.data.test_labels[:limit]
-    shared = DEVICES | {
-        "batch_size": min(config.evaluation.batch_size, len(labels)),
+    shared = {
+        "limit": limit,
+        "batch_size": config.evaluation.batch_size,
+        "compile_fn": experiment.feed.compile_fn(),
         "bounds": data.bounds(experiment.preprocessing) if config.evaluation.clip else None,
         "show_progress": not quiet and parallel.is_primary(),
     }
-    return (net, variables), (inputs, labels), shared
+    return (net, variables, experiment.feed.test_examples()), shared
 
 
 def accuracy_under_fgs(
     experiment: Experiment, state: training.TrainState, epsilons: Sequence[float], *, limit: int | None, name: str
 ) -> list[float]:
     """The accuracy on the test images under FGS (linf), at each epsilon."""
-    net, arrays, shared = _arguments(experiment, state, limit, quiet=False)
-    return evaluation.fgs_accuracy(*net, *arrays, epsilons, description=f"{name:9} under FGS", **shared)
+    net, shared = _arguments(experiment, state, limit, quiet=False)
+    return evaluation.fgs_accuracy(*net, epsilons, description=f"{name:9} under FGS", **shared)

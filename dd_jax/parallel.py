@@ -69,6 +69,11 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_of_us(flag: bool) -> bool:
+    """Whether it is so for any process; all of them ask together."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
 def replicate(tree: Any) -> Any:
     """Arrays on every device of this process, as `on_all_devices` takes and returns states."""
     return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
@@ -147,11 +152,29 @@ def on_all_devices(function: Callable, *, donate_state: bool = False, split_into
 def sums_and_rows(function: Callable) -> Callable:
     """Compiles `function(shared, batch) -> (sums, rows)` for all devices of all processes, for measurements.
 
-    Each device has `shared` and a share of the batch; the sums are added up over all devices, and this process's rows
-    (arrays with an axis of examples, or None) put back together. The batch is this process's share of any size; where it
-    does not divide among the devices, masked examples at its end are added, and are among the rows.
+    Each device has `shared` and a share of the batch; the sums are added up over all devices, and the rows (arrays with an
+    axis of examples, or None) put back together. Every process gives the whole batch, of any size, and gets the same;
+    where the batch does not divide among the devices, masked examples at its end are added, and are among the rows.
     """
+    mapped = _sums_and_rows(function)
 
+    def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        _, count = my_share()
+        sums, rows = mapped(shared, share_of(fill_up(batch, count * jax.local_device_count())))
+        if count > 1 and rows is not None:  # Gathered as (process, row of its share, ...); its shares are interleaved.
+            gathered = multihost_utils.process_allgather(rows)
+            rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), gathered)
+        return sums, rows
+
+    return call
+
+
+def sums_over_shares(function: Callable) -> Callable:
+    """As `sums_and_rows`, of batches that each process reads its own share of; the rows stay where they are."""
+    return _sums_and_rows(function)
+
+
+def _sums_and_rows(function: Callable) -> Callable:
     def on_one(shared: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         sums, rows = function(shared, batch)
         return sum_over_devices(sums), rows

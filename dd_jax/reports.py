@@ -35,7 +35,7 @@ def make_report(
         if (row := published.lookup(config.data.name, config.model.name, name))
     }
     return {
-        "data": experiment.data.description,
+        "data": experiment.feed.description,
         "model": config.model.name,
         "defense": config.defense.name,
         "seed": config.seed,

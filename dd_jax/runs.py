@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from dd_jax import data, metrics, parallel, run_log, training
+from dd_jax import metrics, parallel, run_log, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.experiment import (
     DEFENDED,
@@ -61,41 +61,50 @@ def train(experiment: Experiment, stage_name: str, start: Callable[[], training.
 def _train_with_progress(
     experiment: Experiment, stage: Stage, state: training.TrainState, train_step: Callable, saved: Checkpoints
 ) -> training.TrainState:
-    batch_of_step = lambda step: parallel.share_of(  # noqa: E731
-        data.training_batch(
-            experiment.train_inputs,
-            experiment.data.train_labels,
-            batch_size=stage.settings.batch_size,
-            seed=experiment.config.seed,
-            step=step,
-            flip=experiment.config.data.flip,
-        )
-    )
     log_every = max(1, min(MOST_STEPS_PER_LINE, stage.num_steps // FEWEST_LINES))
-    steps = training.fit(
-        state, train_step, batch_of_step, num_steps=stage.num_steps, seed=experiment.config.seed, log_every=log_every
-    )
+    settings = dict(num_steps=stage.num_steps, seed=experiment.config.seed)
+    feeding = experiment.feed.training(batch_size=stage.settings.batch_size, **settings)
     limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
     bar = progress(
         f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step), disable=not parallel.is_primary()
     )
-    with bar, parallel.Termination() as termination:
+    with bar, feeding as batch_of_step, parallel.Termination() as termination:
+        steps = training.fit(state, train_step, batch_of_step, log_every=log_every, **settings)
         for state, step, means in steps:
             bar.update()
             line = {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch}
             if means is not None:
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}")
-                log(experiment, line | means)
+                pace = input_pace(batch_of_step)
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}{pace_text(pace)}")
+                log(experiment, line | means | pace)
             if limit and step % stage.steps_per_epoch == 0:
                 log(experiment, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
             # Saved after the step's lines, so that none is missing where the run goes on from here.
             terminated = termination.asked_for(step)
-            if terminated or (means is not None and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS):
+            due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
+            if terminated or (means is not None and parallel.any_of_us(due)):
                 saved.save(step, parallel.as_global(state))
                 last_saved = time.monotonic()
             if terminated:
                 raise parallel.Terminated(f"Asked to end; step {step} of the {stage.name} training is saved.")
     return state
+
+
+def input_pace(batch_of_step: Callable) -> dict[str, Any]:
+    """How fast images are decoded and used, and which could not be decoded; nothing for data in memory."""
+    if not hasattr(batch_of_step, "pace"):
+        return {}
+    pace = batch_of_step.pace()._asdict()
+    return {"input": pace | {"failures": len(batch_of_step.failures)}}
+
+
+def pace_text(pace: dict[str, Any]) -> str:
+    """The same for the progress bar: so that an accelerator that starves is seen."""
+    if not pace:
+        return ""
+    of = pace["input"]
+    failures = f", {of['failures']} undecodable" if of["failures"] else ""
+    return f", {of['images_per_second']:.0f} images/s, waiting {of['waiting']:.0%}{failures}"
 
 
 def log(experiment: Experiment, line: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ TRAINING = (
     "dd_jax.pretrained",
     "dd_jax.parallel",
     "dd_jax.evaluation",
+    "dd_jax.feeds",
     "dd_jax.checkpoints",
     "dd_jax.published",
     "dd_jax.run_log",

@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from dd_jax import evaluation, parallel
-from dd_jax.evaluation import Settings, fgs_accuracy, half_epsilon, measure
+from dd_jax.evaluation import Settings, fgs_accuracy, half_epsilon, in_memory, measure
 from dd_jax.perceptual import pass_scores
 
 NUM_EXAMPLES, SHAPE, NUM_VALUES = 45, (16, 16, 1), 256
@@ -64,7 +64,7 @@ def assert_same(first, second):
 
 @pytest.fixture(scope="module")
 def everything():
-    return run_all(INPUTS, LABELS, batch_size=45)
+    return run_all(in_memory(INPUTS, LABELS), batch_size=45)
 
 
 def test_the_summary_says_everything_and_can_be_written(everything):
@@ -85,33 +85,33 @@ def test_the_summary_says_everything_and_can_be_written(everything):
 
 
 def test_a_ragged_last_batch_does_not_show(everything):
-    assert_same(run_all(INPUTS, LABELS, batch_size=20), everything)
+    assert_same(run_all(in_memory(INPUTS, LABELS), batch_size=20), everything)
 
 
 def test_two_devices_give_what_one_gives(everything):
     """21 does not divide by two, nor 45 by 21: batches are filled up."""
     assert jax.device_count() == 2
     spread = dict(compile_fn=parallel.sums_and_rows, batch_size=21)
-    assert_same(run_all(INPUTS, LABELS, **spread), everything)
+    assert_same(run_all(in_memory(INPUTS, LABELS), **spread), everything)
     options = dict(show_progress=False, **spread)
-    assert half_epsilon(net, VARIABLES, INPUTS, RIGHT, **options) == half_epsilon(
-        net, VARIABLES, INPUTS, RIGHT, **quiet
+    assert half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), **options) == half_epsilon(
+        net, VARIABLES, in_memory(INPUTS, RIGHT), **quiet
     )
     settings = SETTINGS._replace(pgd_seed=0)
-    assert 0 < run(INPUTS, RIGHT, names=("pgd",), **spread | {"settings": settings})["accuracy_pgd"] < 1
+    assert 0 < run(in_memory(INPUTS, RIGHT), names=("pgd",), **spread | {"settings": settings})["accuracy_pgd"] < 1
 
 
 @pytest.mark.parametrize("names", [(), ("deepfool",), ("pass",), ("carlini_wagner",), ("pgd", "fgs")])
 def test_any_subset_gives_what_all_give(everything, names):
-    some = run_all(INPUTS, LABELS, names=names, batch_size=20)
+    some = run_all(in_memory(INPUTS, LABELS), names=names, batch_size=20)
     assert len(some) > 2 or not names
     assert_same(some, {name: everything[name] for name in some})
 
 
 def test_a_limit_takes_the_first_examples():
-    assert_same(run(INPUTS, LABELS, limit=13), run(INPUTS[:13], LABELS[:13]))
-    wanted = run(INPUTS[:7], LABELS[:7], names=("carlini_wagner",), bounds=BOUNDS)
-    found = run(INPUTS, LABELS, names=("carlini_wagner",), bounds=BOUNDS, carlini_wagner_examples=7)
+    assert_same(run(in_memory(INPUTS, LABELS), limit=13), run(in_memory(INPUTS[:13], LABELS[:13])))
+    wanted = run(in_memory(INPUTS[:7], LABELS[:7]), names=("carlini_wagner",), bounds=BOUNDS)
+    found = run(in_memory(INPUTS, LABELS), names=("carlini_wagner",), bounds=BOUNDS, carlini_wagner_examples=7)
     assert found["carlini_wagner_examples"] == 7 and found["num_examples"] == NUM_EXAMPLES
     assert found["accuracy"] != wanted["accuracy"]
     assert found["l2_carlini_wagner"] == pytest.approx(wanted["l2_carlini_wagner"], rel=1e-4)
@@ -123,31 +123,31 @@ def test_pass_is_that_of_deepfools_examples():
     gaps = INPUTS.reshape(NUM_EXAMPLES, -1) @ difference
     perturbations = (-1.02 * gaps[:, None] * difference / np.sum(difference**2)).reshape(INPUTS.shape)
     scores, aligned = pass_scores(to_images(INPUTS), to_images(INPUTS + perturbations))
-    found = run(INPUTS, LABELS, names=("pass",), to_images=to_images, batch_size=20)
+    found = run(in_memory(INPUTS, LABELS), names=("pass",), to_images=to_images, batch_size=20)
     assert found["pass"] == pytest.approx(scores.mean(), abs=1e-3) and scores.mean() < 0.999
     assert found["pass_unaligned"] == pytest.approx(np.mean(~aligned))
-    flat = run(np.zeros_like(INPUTS), LABELS, names=("pass",), to_images=to_images, batch_size=20)
+    flat = run(in_memory(np.zeros_like(INPUTS), LABELS), names=("pass",), to_images=to_images, batch_size=20)
     assert flat["pass_unaligned"] == 1.0
 
 
 def test_new_weights_compile_nothing():
-    first = run(INPUTS, LABELS, batch_size=20)
+    first = run(in_memory(INPUTS, LABELS), batch_size=20)
     traced.clear()
-    other = measure(net, VARIABLES | {"bias": np.float32(3)}, INPUTS, LABELS, settings=SETTINGS, **quiet)
+    other = measure(net, VARIABLES | {"bias": np.float32(3)}, in_memory(INPUTS, LABELS), settings=SETTINGS, **quiet)
     assert traced == [] and other["l2"] != first["l2"]
 
 
 def test_bounds_may_be_those_of_a_batch_or_of_each_pixel():
     lower = np.full((1, *SHAPE), -0.1, np.float32)
-    each = run(INPUTS, LABELS, names=("fgs",), bounds=(lower, 1 + lower[0]))
-    assert_same(run(INPUTS, LABELS, names=("fgs",), bounds=(-0.1, 0.9)), each)
-    assert run(INPUTS, LABELS, names=("fgs",))["rho_linf"] < each["rho_linf"]
+    each = run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(lower, 1 + lower[0]))
+    assert_same(run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(-0.1, 0.9)), each)
+    assert run(in_memory(INPUTS, LABELS), names=("fgs",))["rho_linf"] < each["rho_linf"]
 
 
 def test_without_bounds_carlini_wagners_box_is_the_inputs_range():
-    found = run(2 * INPUTS, LABELS, names=("carlini_wagner",), carlini_wagner_examples=10)
+    found = run(in_memory(2 * INPUTS, LABELS), names=("carlini_wagner",), carlini_wagner_examples=10)
     bounds = (float(2 * INPUTS.min()), float(2 * INPUTS.max()))
-    wanted = run(2 * INPUTS, LABELS, names=("carlini_wagner",), carlini_wagner_examples=10, bounds=bounds)
+    wanted = run(in_memory(2 * INPUTS, LABELS), names=("carlini_wagner",), carlini_wagner_examples=10, bounds=bounds)
     assert found["l2_carlini_wagner"] == pytest.approx(wanted["l2_carlini_wagner"], rel=1e-6)
 
 
@@ -156,7 +156,7 @@ def test_random_starts_are_repeated_by_their_seed():
     epsilon = float(np.median(distances()[1]))
     settings = SETTINGS._replace(pgd_num_steps=1, pgd_epsilon=epsilon, pgd_step_size=epsilon)
     accuracy = lambda seed: run(  # noqa: E731
-        INPUTS, RIGHT, names=("pgd",), settings=settings._replace(pgd_seed=seed), batch_size=20
+        in_memory(INPUTS, RIGHT), names=("pgd",), settings=settings._replace(pgd_seed=seed), batch_size=20
     )["accuracy_pgd"]
     assert accuracy(0) == accuracy(0) > accuracy(None) > 0
     keys = [evaluation.random_key(settings._replace(pgd_seed=seed), batch) for seed, batch in ((0, 0), (0, 1), (1, 0))]
@@ -164,10 +164,10 @@ def test_random_starts_are_repeated_by_their_seed():
 
 
 def test_progress_is_shown_with_the_time_left_if_wanted(capsys):
-    measure(net, VARIABLES, INPUTS, LABELS, settings=SETTINGS, batch_size=20, description="reference")
+    measure(net, VARIABLES, in_memory(INPUTS, LABELS), settings=SETTINGS, batch_size=20, description="reference")
     shown = capsys.readouterr().err
     assert "reference: 100%" in shown and "45/45" in shown and "image/s" in shown
-    run(INPUTS, LABELS, batch_size=20)
+    run(in_memory(INPUTS, LABELS), batch_size=20)
     assert capsys.readouterr().err == ""
 
 
@@ -178,7 +178,9 @@ def test_progress_is_shown_with_the_time_left_if_wanted(capsys):
 def test_accuracy_under_fgs(batch_size):
     predicted, linf = distances()
     epsilons = [0.03, 0.0, 0.01, 0.3]
-    found = fgs_accuracy(net, VARIABLES, INPUTS, LABELS, epsilons, batch_size=batch_size, show_progress=False)
+    found = fgs_accuracy(
+        net, VARIABLES, in_memory(INPUTS, LABELS), epsilons, batch_size=batch_size, show_progress=False
+    )
     assert found == [np.mean((predicted == LABELS) & (linf > epsilon)) for epsilon in epsilons]
     assert len(set(found)) == 4
 
@@ -189,54 +191,66 @@ def test_half_epsilon_is_the_closed_forms(count, max_epsilon):
     """It is the distance of that image with which half of them, or one more, have fallen."""
     linf = np.sort(distances()[1][:count])
     wanted = linf[(count + 1) // 2 - 1]
-    found = half_epsilon(net, VARIABLES, INPUTS[:count], RIGHT[:count], max_epsilon=max_epsilon, **quiet)
+    found = half_epsilon(net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), max_epsilon=max_epsilon, **quiet)
     assert wanted * (1 - 1e-4) <= found <= wanted * 1.0011
-    accuracy = fgs_accuracy(net, VARIABLES, INPUTS[:count], RIGHT[:count], [found, found / 1.0012], **quiet)
+    accuracy = fgs_accuracy(net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), [found, found / 1.0012], **quiet)
     assert accuracy[0] <= 0.5 < accuracy[1]
 
 
 def test_what_is_misclassified_anyway_counts():
     wrong = np.arange(NUM_EXAMPLES) % 4 == 0  # 12 of 45.
     linf = np.sort(np.where(wrong, 0, distances()[1]))
-    found = half_epsilon(net, VARIABLES, INPUTS, np.where(wrong, 1 - RIGHT, RIGHT), **quiet)
+    found = half_epsilon(net, VARIABLES, in_memory(INPUTS, np.where(wrong, 1 - RIGHT, RIGHT)), **quiet)
     assert found == pytest.approx(linf[22], rel=1.1e-3) and found < np.median(distances()[1]) / 1.002
 
 
 def test_half_epsilon_at_its_ends():
-    assert half_epsilon(net, VARIABLES, INPUTS, 1 - RIGHT, **quiet) == 0.0
+    assert half_epsilon(net, VARIABLES, in_memory(INPUTS, 1 - RIGHT), **quiet) == 0.0
     median = np.median(distances()[1])
-    assert half_epsilon(net, VARIABLES, INPUTS, RIGHT, max_epsilon=float(0.99 * median), **quiet) is None
-    found = half_epsilon(net, VARIABLES, INPUTS, RIGHT, max_epsilon=float(1.0001 * median), **quiet)
+    assert half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(0.99 * median), **quiet) is None
+    found = half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(1.0001 * median), **quiet)
     assert found == pytest.approx(median, rel=1.1e-3)
 
 
 def test_half_epsilon_searches_with_few_compilations():
-    half_epsilon(net, VARIABLES, INPUTS, RIGHT, **quiet)
+    half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), **quiet)
     traced.clear()
-    half_epsilon(net, VARIABLES | {"bias": np.float32(2)}, INPUTS, RIGHT, **quiet)
+    half_epsilon(net, VARIABLES | {"bias": np.float32(2)}, in_memory(INPUTS, RIGHT), **quiet)
     assert traced == []
-
-
-def test_mean_relative_epsilon():
-    inputs = np.zeros((3, 2, 1, 1), np.float32)
-    inputs[0, :, 0, 0], inputs[1, :, 0, 0] = (0.5, -2.0), (0.25, 0.0)
-    assert evaluation.mean_relative_epsilon(0.5, inputs) == pytest.approx((0.25 + 2.0 + 0) / 3)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: run(INPUTS[:0], LABELS[:0]), "There is no example to measure"),
-        (lambda: run(INPUTS, LABELS, limit=0), "There is no example to measure"),
-        (lambda: fgs_accuracy(net, VARIABLES, INPUTS[:0], LABELS[:0], [0.1]), "There is no example to measure"),
-        (lambda: fgs_accuracy(net, VARIABLES, INPUTS, LABELS, []), "epsilons must be one number or more"),
-        (lambda: fgs_accuracy(net, VARIABLES, INPUTS, LABELS, [-0.1]), "epsilons must be one number or more"),
-        (lambda: half_epsilon(net, VARIABLES, INPUTS, LABELS, max_epsilon=0.0), "max_epsilon is 0.0; it must be more"),
-        (lambda: run(INPUTS, LABELS, names=("PASS",)), "no measurement 'PASS'; choose any of deepfool, .*, pass"),
-        (lambda: run(INPUTS, LABELS, names=("pass",)), "give to_images, or leave 'pass' out"),
-        (lambda: run(INPUTS, LABELS, batch_size=0), "batch_size must be positive, got 0"),
-        (lambda: run_all(INPUTS, LABELS, carlini_wagner_examples=0), "carlini_wagner_examples is 0; it must be at"),
-        (lambda: run(INPUTS, LABELS, names=("fgs",), bounds=(np.zeros(5), 1.0)), r"shapes \(5,\) and \(\); they must"),
+        (lambda: run(in_memory(INPUTS[:0], LABELS[:0])), "There is no example to measure"),
+        (lambda: run(in_memory(INPUTS, LABELS), limit=0), "There is no example to measure"),
+        (
+            lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS[:0], LABELS[:0]), [0.1]),
+            "There is no example to measure",
+        ),
+        (lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), []), "epsilons must be one number or more"),
+        (
+            lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), [-0.1]),
+            "epsilons must be one number or more",
+        ),
+        (
+            lambda: half_epsilon(net, VARIABLES, in_memory(INPUTS, LABELS), max_epsilon=0.0),
+            "max_epsilon is 0.0; it must be more",
+        ),
+        (
+            lambda: run(in_memory(INPUTS, LABELS), names=("PASS",)),
+            "no measurement 'PASS'; choose any of deepfool, .*, pass",
+        ),
+        (lambda: run(in_memory(INPUTS, LABELS), names=("pass",)), "give to_images, or leave 'pass' out"),
+        (lambda: run(in_memory(INPUTS, LABELS), batch_size=0), "batch_size must be positive, got 0"),
+        (
+            lambda: run_all(in_memory(INPUTS, LABELS), carlini_wagner_examples=0),
+            "carlini_wagner_examples is 0; it must be at",
+        ),
+        (
+            lambda: run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(np.zeros(5), 1.0)),
+            r"shapes \(5,\) and \(\); they must",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):

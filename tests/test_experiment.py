@@ -139,10 +139,10 @@ def test_a_run_is_a_function_of_its_configuration(finished, tmp_path):
 def test_what_is_measured_is_the_saved_net(finished):
     parts = built(finished)
     for stage in (REFERENCE, DEFENDED):
-        inputs = jax.numpy.asarray(parts.test_inputs)
+        inputs = jax.numpy.asarray(parts.feed.test_inputs)
         logits = parts.model.apply({"params": experiment.restore(parts, stage).params}, inputs)
         (measured,) = (line["measured"] for line in lines(finished) if "measured" in line and line["stage"] == stage)
-        assert measured["accuracy"] == np.mean(np.argmax(logits, axis=-1) == parts.data.test_labels)
+        assert measured["accuracy"] == np.mean(np.argmax(logits, axis=-1) == parts.feed.data.test_labels)
 
 
 # Stopped and started again
@@ -299,7 +299,7 @@ def five_classes(arrays):
 @pytest.mark.parametrize(
     "make, said",
     [
-        pytest.param(lambda path: None, "must be a run directory or an .npz file", id="nothing"),
+        pytest.param(lambda path: None, "must be a run directory or a file of weights (", id="nothing"),
         pytest.param(lambda path: path.write_text("net"), "is of no use for mlp (", id="text"),
         pytest.param(lambda path: path.write_bytes(b""), "is of no use for mlp (", id="empty file"),
         pytest.param(lambda path: path.write_bytes(b"PK\x03\x04"), "is of no use for mlp (", id="cut short"),
@@ -319,9 +319,9 @@ def test_a_source_that_holds_no_reference_is_refused(tmp_path, make, said):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "net.pt").write_bytes(b"PK")
-    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.pt'}"))
-    assert "net.pt'; it must be a run directory or an .npz file of PyTorch-named arrays" in message
+    (tmp_path / "net.txt").write_bytes(b"PK")
+    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.txt'}"))
+    assert "net.txt'; it must be a run directory or a file of weights (.pth, " in message
 
 
 def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refused(tmp_path):
@@ -387,10 +387,10 @@ def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
 
 def test_the_input_space_is_the_one_that_the_run_was_made_with(tmp_path):
     parts = built(tmp_path, "data.preprocessing=mean_image")
-    assert np.abs(parts.train_inputs.mean(axis=0)).max() < 1e-3 < parts.preprocessing.mean_image.max()
+    assert np.abs(parts.feed.train_inputs.mean(axis=0)).max() < 1e-3 < parts.preprocessing.mean_image.max()
     parts.preprocessing._replace(mean_image=parts.preprocessing.mean_image + 51).save(tmp_path / "preprocessing.npz")
     again = built(tmp_path, "data.preprocessing=mean_image")
-    np.testing.assert_allclose(parts.test_inputs - again.test_inputs, 0.2, rtol=1e-5)
+    np.testing.assert_allclose(parts.feed.test_inputs - again.feed.test_inputs, 0.2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_paper_stands_for_what_the_paper_did(name, preprocessing):
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_net_gets_images_of_its_shape(name, tmp_path):
     parts = built(tmp_path, f"model.name={name}", "data.train_limit=100", "data.test_limit=3")
-    assert parts.test_inputs.shape == (3, *models.input_shape(name)) and parts.test_inputs.dtype == np.float32
+    assert parts.feed.test_inputs.shape == (3, *models.input_shape(name)) and parts.feed.test_inputs.dtype == np.float32

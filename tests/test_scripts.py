@@ -166,7 +166,7 @@ def refused(directory, script, *arguments):
         "seed=1.5": "seed is '1.5'; it must be a whole number",
         "model.name=vgg": "model.name is 'vgg'; it must be one of mlp, ",
         "fine_tuning.batch_size=201": "fine_tuning.batch_size is 201, but there are only 200 training examples",
-        "reference.source=runs/nope": "reference.source is 'runs/nope'; it must be a run directory or an .npz file",
+        "reference.source=runs/nope": "reference.source is 'runs/nope'; it must be a run directory or a file of weights",
     }.items(),
 )
 def test_a_wrong_configuration_costs_one_sentence_and_makes_nothing(tmp_path, change, said):

@@ -8,7 +8,7 @@ Reads PyTorch's files (without PyTorch, and without running anything that is in 
 """
 
 from dd_jax.pretrained.errors import WeightsError
-from dd_jax.pretrained.files import load
+from dd_jax.pretrained.files import SUFFIXES, load
 from dd_jax.pretrained.layouts import from_torch, variables_from_torch
 
-__all__ = ["WeightsError", "from_torch", "load", "variables_from_torch"]
+__all__ = ["SUFFIXES", "WeightsError", "from_torch", "load", "variables_from_torch"]

@@ -1,0 +1,151 @@
+"""Several devices and processes give what one gives. Programs of their own, since a process has one number of devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dd_jax import parallel
+
+PROGRAM = """
+import json, sys
+sys.path[:0] = [{root!r}]
+from dd_jax import parallel
+arguments = json.loads(sys.argv[1])
+if arguments.get("coordinator"):
+    parallel.initialize(arguments["coordinator"], arguments["num_processes"], arguments["process_id"])
+import flax.linen as nn
+import jax, numpy as np, optax
+from dd_jax import baselines, evaluation, training
+from dd_jax.metrics import Settings
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(3, (3, 3), name="conv")(x))
+        x = nn.Dropout(0.3, broadcast_dims=(0,), deterministic=not train, name="dropout")(x)
+        return nn.Dense(4, name="fc")(x.reshape(len(x), -1))
+
+random = np.random.default_rng(0)
+model, optimizer = Net(), training.make_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-3)
+defense = baselines.make_defense("deep_defense_fgsm", penalty_weight=1.0, correct_scale=2.0, wrong_scale=1.0, num_steps=2)
+step = training.make_train_step(model, optimizer, defense, num_parts=arguments.get("num_parts", 1))
+state = parallel.replicate(training.initial_state(model, optimizer, (5, 5, 2), 0))
+for i in range(5):
+    size = 13 if i == 4 else 16  # The last one is ragged.
+    batch = {{"image": random.normal(size=(size, 5, 5, 2)).astype(np.float32),
+             "label": random.integers(0, 4, size).astype(np.int32), "mask": np.ones(size, np.float32)}}
+    state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
+    jax.block_until_ready(state)
+apply = lambda variables, x: model.apply(variables, x)
+found = evaluation.measure(apply, {{"params": state.params}}, evaluation.in_memory(batch["image"], batch["label"]), batch_size=8,
+                           settings=Settings(num_steps=5), names=("deepfool", "pgd", "pass"), show_progress=False,
+                           to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6,
+                           compile_fn=parallel.sums_and_rows)
+leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
+if parallel.is_primary():
+    print(json.dumps({{"params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
+                      "devices": parallel.num_devices()}}))
+"""
+
+
+def start(tmp_path, num_devices, **arguments):
+    program = tmp_path / "program.py"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program.write_text(textwrap.dedent(PROGRAM).format(root=root))
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    command = [sys.executable, str(program), json.dumps(arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    printed = [line for line in out.splitlines() if line.startswith("{")]  # Gloo prints too.
+    return json.loads(printed[0]) if printed else None
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def together(tmp_path):
+    both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2)
+    processes = [start(tmp_path, 2, **both, process_id=i) for i in range(2)]
+    return [result(process) for process in processes]
+
+
+def assert_same(actual, wanted):
+    for name, values in wanted["params"].items():
+        np.testing.assert_allclose(actual["params"][name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+    for name, value in wanted["measured"].items():
+        np.testing.assert_allclose(actual["measured"][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert actual["found"].keys() == wanted["found"].keys() and actual["found"]["num_examples"] == 13
+    for name, value in wanted["found"].items():
+        np.testing.assert_allclose(actual["found"][name], value, rtol=1e-3, err_msg=name)
+
+
+def test_devices_processes_and_parts_change_nothing(tmp_path):
+    """Five steps with dropout, the last on a ragged batch, and a measurement whose last batch is ragged too."""
+    one = result(start(tmp_path, 1))
+    four = result(start(tmp_path, 4))
+    in_parts = result(start(tmp_path, 2, num_parts=3))
+    first, second = together(tmp_path)
+    assert [x["devices"] for x in (one, four, in_parts, first)] == [1, 4, 2, 4] and second is None
+    for other in (four, in_parts, first):
+        assert_same(other, one)
+
+
+def test_a_batch_is_filled_up_with_what_counts_for_nothing():
+    batch = {"image": np.arange(6.0).reshape(3, 2), "mask": np.ones(3, np.float32)}
+    filled = parallel.fill_up(batch, 4)
+    np.testing.assert_array_equal(filled["image"], [[0, 1], [2, 3], [4, 5], [0, 1]])
+    np.testing.assert_array_equal(filled["mask"], [1, 1, 1, 0])
+    assert filled["mask"].dtype == np.float32
+    np.testing.assert_array_equal(parallel.fill_up(batch, 3)["image"], batch["image"])
+    with pytest.raises(ValueError, match="at least one example"):
+        parallel.fill_up({"mask": np.ones(0)}, 2)
+
+
+def test_parts_add_up_to_the_whole():
+    batch = {"x": jnp.arange(12.0).reshape(6, 2), "mask": jnp.ones(6)}
+    total = lambda part: {"squares": jnp.sum(part["x"] ** 2), "count": jnp.sum(part["mask"])}
+    whole, parts = total(batch), parallel.summed_in_parts(total, batch, 3)
+    jax.tree.map(np.testing.assert_allclose, parts, whole)
+
+
+def test_rows_come_back_in_order_and_sums_over_all_devices():
+    def function(shared, batch):
+        values = batch["x"] * shared
+        return jnp.sum(values * batch["mask"]), {"doubled": values}
+
+    batch = {"x": np.arange(5, dtype=np.float32), "mask": np.ones(5, np.float32)}
+    sums, rows = parallel.sums_and_rows(function)(np.float32(2), batch)
+    assert float(sums) == 20
+    np.testing.assert_array_equal(rows["doubled"][:5], [0, 2, 4, 6, 8])
+
+
+def test_being_asked_to_end_is_seen_between_steps():
+    before = signal.getsignal(signal.SIGTERM)
+    with parallel.Termination() as termination:
+        assert not termination.asked_for(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.asked_for(2) and termination.asked_for(3)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_are_described_whole_or_not_at_all():
+    with pytest.raises(ValueError, match="Give all of --coordinator"):
+        parallel.initialize("127.0.0.1:1", 2)
+    with pytest.raises(ValueError, match=r"process_id is 2; it must be within 0\.\.1"):
+        parallel.initialize("127.0.0.1:1", 2, 2)
