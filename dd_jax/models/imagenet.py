@@ -28,7 +28,7 @@ class AlexNet(nn.Module):
     FC-`num_classes`. 5x5 and 3x3 convolutions keep the size. Pooling windows overlap, and run over the end (ceil mode).
 
     Takes (batch, 227, 227, 3) in units of 1/255 of a pixel's range, and multiplies by 255 itself: Caffe's weights serve as
-    they are, and a perturbation is measured in the paper's unit. Images of another size of at least 67 pixels will do, which
+    they are, and a perturbation is measured in the paper's unit. Images of another size of at least 39 pixels will do, which
     `init` fixes. Fresh weights are drawn as in Caffe's `train_val.prototxt`.
 
     With `train`, the key "dropout" thins it by one mask for the whole batch (`layers.batch_dropout`). Computes in the wider
@@ -101,8 +101,8 @@ class ResNet18(nn.Module):
     512 channels, all but the first halving the size; the mean over pixels; FC-`num_classes`. Convolutions have no bias.
 
     Takes (batch, 224, 224, 3), or images of any other size. Batch normalisation runs on stored statistics in any case
-    (`layers.fixed_batch_norm`), so `train` makes no difference. Computes in the widest of the dtypes of inputs, parameters
-    and statistics.
+    (`layers.fixed_batch_norm`), so `train` makes no difference. Computes in the wider of the dtypes of inputs and
+    parameters; what batch normalisation does with its statistics, in the wider of theirs too.
     """
 
     num_classes: int = 1000

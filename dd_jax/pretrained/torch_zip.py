@@ -154,7 +154,7 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) not in _ALLOWED:
             raise WeightsError(
                 f"it asks for {module}.{name}, and only tensors and plain containers are read, because anything else could run"
-                " code; if you trust it, load it with PyTorch and write its state_dict() anew."
+                " code; only if you trust its source, load it with PyTorch and write its state_dict() anew."
             )
         return _ALLOWED[module, name]
 
