@@ -1,5 +1,6 @@
 """Data sets of image files, and their batches: any number of workers and of processes gives the same ones."""
 
+import argparse
 import dataclasses
 import io
 import multiprocessing
@@ -17,7 +18,7 @@ import PIL.Image
 import pytest
 
 from dd_jax import data
-from dd_jax.data import encoded, image_batches
+from dd_jax.data import encoded, image_batches, streaming
 from dd_jax.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # What the package itself says of wrong arguments.
@@ -405,6 +406,14 @@ def test_workers_make_the_same_batches_wherever_a_run_goes_on(files):
         with pytest.raises(data.DataError, match="an input worker died"):
             for step in range(4, 12):
                 stream(step)
+    assert not multiprocessing.active_children()
+
+
+def test_too_little_shared_memory_is_said_and_not_died_of(files, monkeypatch, tmp_path):
+    monkeypatch.setattr(streaming, "SHARED_MEMORY", str(tmp_path))
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: argparse.Namespace(free=3455))
+    with pytest.raises(data.DataError, match="2 input workers need 0 MB of .* smaller num_workers or batch_size"):
+        training(files, num_workers=2)(0)  # 2 workers, 4 batches of 4 images of 6 x 6 x 3 each: 3456 bytes.
     assert not multiprocessing.active_children()
 
 

@@ -83,11 +83,12 @@ class BatchSource:
         seconds = time.perf_counter() - start
         return {"image": pixels, "label": label, "mask": mask, "failures": tuple(failures), "seconds": seconds}
 
-    def preprocessed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a batch with its images in the net's input space; empty places stay zeros."""
-        if self.preprocessing is None:
-            return batch
-        image = self.preprocessing(batch["image"])
+    def received(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch from a worker with its images in the net's input space; empty places stay zeros.
+
+        They are copied even where nothing is to be done, so that shared memory is freed at once.
+        """
+        image = np.array(batch["image"]) if self.preprocessing is None else self.preprocessing(batch["image"])
         image[batch["mask"] == 0] = 0
         return {**batch, "image": image}
 

@@ -19,8 +19,10 @@ Grain runs the workers. They are started afresh ("spawn"), import what the progr
 """
 
 import dataclasses
+import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -39,9 +41,12 @@ from dd_jax.data.sources import DataError
 IMAGES_BEFORE_GIVING_UP = 100
 # Finished batches that wait in each worker, and again in the main process, beside the one in the making.
 BATCHES_WAITING = 1
-# Batches go through pipes: Grain's shared memory crashes where /dev/shm is small (64 MB in many containers), has to be
-# freed in time, and for uint8 takes the main process as long.
-NO_SHARED_MEMORY = 2**62
+# Batches that a worker may have made and nobody has taken yet: in the making, waiting twice, and about to be handed on.
+MOST_BATCHES_PER_WORKER = 2 * BATCHES_WAITING + 2
+# Pixels come through shared memory, what is smaller than this many bytes through pipes. A worker that died while it
+# wrote a whole batch to a pipe would leave the main process waiting for the rest.
+SMALLEST_SHARED = 2**14
+SHARED_MEMORY = "/dev/shm"
 
 
 class Pace(NamedTuple):
@@ -168,7 +173,7 @@ class BatchStream:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no batch {number}: they are numbered 0 to {len(self) - 1}")
         start = time.perf_counter()
-        made = self._made_here(number) if self._num_workers == 0 else self._made_by_workers(number)
+        made = self._source.received(self._source[number]) if self._num_workers == 0 else self._made_by_workers(number)
         self._seconds_waiting += time.perf_counter() - start
         self._seconds_working += made.pop("seconds")
         decoded, failures = int(made["mask"].sum()), made.pop("failures")
@@ -198,6 +203,7 @@ class BatchStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+            gc.collect()  # Grain's frames keep the last batches, and with them shared memory, in circles
 
     def __enter__(self) -> "BatchStream":
         return self
@@ -209,9 +215,6 @@ class BatchStream:
         self._since = time.perf_counter()
         self._seconds_waiting = self._seconds_working = 0.0
         self._num_images = 0
-
-    def _made_here(self, number: int) -> dict[str, Any]:
-        return self._source.preprocessed(self._source[number])
 
     def _made_by_workers(self, number: int) -> dict[str, Any]:
         if self._batches is None or number != self._next_number:
@@ -235,14 +238,28 @@ def _started(source: BatchSource, first: int, num_workers: int) -> Iterator[dict
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads settings of its own, which fails in programs that use argparse
+    _check_shared_memory(source, num_workers)
     # The workers hold the source only: the preprocessing may be large, and works here.
     batches = grain.MapDataset.source(dataclasses.replace(source, preprocessing=None)).slice(slice(first, None))
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    transfer = grain.experimental.DatasetOptions(min_shm_size=NO_SHARED_MEMORY)
+    transfer = grain.experimental.DatasetOptions(min_shm_size=SMALLEST_SHARED)
     batches = grain.experimental.WithOptionsIterDataset(batches, transfer)
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BATCHES_WAITING)
-    batches = batches.mp_prefetch(options, worker_init_fn=_prepare_worker).map(source.preprocessed)
+    batches = batches.mp_prefetch(options, worker_init_fn=_prepare_worker).map(source.received)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_WAITING))
+
+
+def _check_shared_memory(source: BatchSource, num_workers: int) -> None:
+    """A worker that finds no room there would be killed without a word."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    needed = num_workers * MOST_BATCHES_PER_WORKER * source.local_batch_size * source.crop_size**2 * 3
+    if needed > free:
+        raise DataError(
+            f"{num_workers} input workers need {needed / 1e6:.0f} MB of {SHARED_MEMORY}, where {free / 1e6:.0f} MB are free:"
+            " choose a smaller num_workers or batch_size, or give the container more (docker run --shm-size)"
+        )
 
 
 def _prepare_worker(worker: int, num_workers: int) -> None:
