@@ -8,9 +8,10 @@ from dd_jax import parallel
 from dd_jax.configuration import ConfigurationError
 from dd_jax.data import DataError
 from dd_jax.parallel import Terminated
+from dd_jax.pretrained import WeightsError
 from dd_jax.training import DivergenceError
 
-USER_ERRORS = (ConfigurationError, DataError, DivergenceError, FileNotFoundError)
+USER_ERRORS = (ConfigurationError, DataError, DivergenceError, WeightsError, FileNotFoundError)
 INTERRUPTED, TERMINATED = 130, 143
 
 

@@ -96,7 +96,7 @@ def open_images(config: ConfigDict, preprocessing: Preprocessing | None) -> tupl
     name = preprocessing_name(config)
     if name not in data.UNFITTED:
         raise ConfigurationError(
-            f"data.preprocessing is {name!r}; of images that are streamed it can be {data.UNFITTED}."
+            f"data.preprocessing is {name!r}; of images that are streamed it can be {', '.join(data.UNFITTED)}."
         )
     preprocessing = preprocessing or Preprocessing(name)
     crop_size = models.input_shape(config.model.name)[0]
