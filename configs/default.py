@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,  # of the weights, the order of the images, flips and dropout
+            "tensorboard": False,  # also write the curves for TensorBoard, into WORKDIR/tensorboard
             "model": {
                 "name": "mlp",  # mlp, lenet, convnet, nin, alexnet, alexnet_torchvision, resnet18
                 "compute_dtype": "float32",  # bfloat16: weights and activations in the net; perturbations stay float32

@@ -15,6 +15,12 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.fine_tuning.num_epochs = 50
-    config.fine_tuning.learning_rate = 1e-2
-    config.defense.correct_scale = 8.0
+    config.fine_tuning.learning_rate = 2e-2
+    config.fine_tuning.max_gradient_norm = 10.0
+    config.defense.penalty_weight = 80.0
+    config.defense.correct_scale = 15.0
+    # Of the adversarial training that is compared: as strong as it can be with 98.3 % of the images still right.
+    config.defense.mixing_weight = 0.06
+    config.evaluation.epoch_examples = 360
+    config.evaluation.carlini_wagner_examples = 100
     return config

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dd_jax import data, evaluation, experiment, measuring, parallel, plots, published, reports, run_log
+from dd_jax import baselines, data, evaluation, experiment, measuring, parallel, plots, published, reports, run_log
 from dd_jax.attacks.deepfool import deepfool
 from dd_jax.configuration import ConfigurationError, flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
@@ -159,7 +159,8 @@ def list_nets(runs: Sequence[Experiment], runs_reports: Sequence[dict[str, Any]]
             label = REFERENCE if not nets else f"{REFERENCE} ({run.workdir.name})"
             nets.append(Net(label, REFERENCE, run, REFERENCE, report))
     methods = [run.config.defense.name for run in runs]
-    for run, report, method in zip(runs, runs_reports, methods, strict=True):
+    in_order = sorted(zip(runs, runs_reports, methods, strict=True), key=lambda one: baselines.NAMES.index(one[2]))
+    for run, report, method in in_order:
         label = method if methods.count(method) == 1 else f"{method} ({run.workdir.name})"
         nets.append(Net(label, method, run, DEFENDED, report))
     labels = [net.label for net in nets]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dd_jax import baselines, data, metrics, models, pretrained, run_log, training
+from dd_jax import baselines, data, metrics, models, pretrained, run_log, tensorboard, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.configuration import ConfigurationError, load
 from dd_jax.data import Preprocessing
@@ -37,6 +37,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
 
     DataError where the data is missing, ConfigurationError where a batch is larger than the data.
     """
+    if config.tensorboard and not tensorboard.is_installed():
+        raise ConfigurationError("tensorboard is true, but tensorboardX is missing: pip install 'dd_jax[tensorboard]'.")
     saved = workdir / "preprocessing.npz"
     preprocessing = Preprocessing.load(saved) if saved.exists() else None
     open_feed = open_images if config.data.name in data.STREAMED_SOURCES else open_in_memory

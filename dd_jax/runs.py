@@ -8,17 +8,19 @@ A run directory holds
     checkpoints/STAGE/    Orbax checkpoints of the stages "reference" and "defended"
     report.json           what was measured, and with what
     plots/                its curves, from evaluate.py
+    tensorboard/STAGE/    the same for TensorBoard, where the configuration wants it
 
 Every stage goes on from what the directory holds, so a run that was stopped is taken up by the same command.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from dd_jax import metrics, parallel, run_log, training
+from dd_jax import metrics, parallel, run_log, tensorboard, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.experiment import (
     DEFENDED,
@@ -68,7 +70,15 @@ def _train_with_progress(
     bar = progress(
         f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step), disable=not parallel.is_primary()
     )
-    with bar, feeding as batch_of_step, parallel.Termination() as termination:
+    folder, step = experiment.workdir / "tensorboard" / stage.name, int(state.step)
+    wanted = experiment.config.tensorboard and parallel.is_primary()
+    curves = tensorboard.open_curves(folder, step) if wanted else contextlib.nullcontext(lambda line: None)
+    with bar, feeding as batch_of_step, curves as add_to_curves, parallel.Termination() as termination:
+
+        def log_line(line: dict[str, Any]) -> None:
+            log(experiment, line)
+            add_to_curves(line)
+
         steps = training.fit(state, train_step, batch_of_step, log_every=log_every, **settings)
         for state, step, means in steps:
             bar.update()
@@ -76,9 +86,9 @@ def _train_with_progress(
             if means is not None:
                 pace = input_pace(batch_of_step)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}{pace_text(pace)}")
-                log(experiment, line | means | pace)
+                log_line(line | means | pace)
             if limit and step % stage.steps_per_epoch == 0:
-                log(experiment, line | {"test": measure(experiment, state, limit=limit, quiet=True)})
+                log_line(line | {"test": measure(experiment, state, limit=limit, quiet=True)})
             # Saved after the step's lines, so that none is missing where the run goes on from here.
             terminated = termination.asked_for(step)
             due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS

@@ -44,6 +44,7 @@ TRAINING = (
     "dd_jax.checkpoints",
     "dd_jax.published",
     "dd_jax.run_log",
+    "dd_jax.tensorboard",
     "dd_jax.training",
     "dd_jax.configuration",
     "dd_jax.sweeps",
@@ -65,6 +66,7 @@ ONLY_IN = {
     "grain": ("dd_jax.data",),
     "ml_collections": ("dd_jax.configuration", "dd_jax.experiment"),
     "matplotlib": ("dd_jax.plots",),
+    "tensorboardX": ("dd_jax.tensorboard",),
 }
 PROCESS_NAMES = {"pmap", "process_index", "process_count"}  # What only `parallel` may say.
 MOST_LINES, LONGEST_BODY = 320, 60

@@ -1,0 +1,143 @@
+"""A sweep's runs side by side: what is measured, whose figures stand where, which figures are drawn."""
+
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dd_jax import comparison, configuration, evaluation, experiment, measuring, reports, run_log, runs, sweeps
+from dd_jax.configuration import ConfigurationError
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = (
+    "data.train_limit=200",
+    "data.test_limit=40",
+    "reference.num_epochs=3",
+    "reference.batch_size=50",
+    "reference.learning_rate=0.05",
+    "defense.num_steps=2",
+    "defense.correct_scale=10",
+    "fine_tuning.num_epochs=2",
+    "fine_tuning.learning_rate=0.002",
+    "fine_tuning.batch_size=50",
+    "evaluation.batch_size=20",
+    "evaluation.num_steps=5",
+    "evaluation.epoch_examples=20",
+    "evaluation.pgd_num_steps=3",
+    "evaluation.curve_num_points=4",
+    "evaluation.carlini_wagner_examples=3",
+    "evaluation.carlini_wagner_num_steps=5",
+    "evaluation.carlini_wagner_num_binary_search_steps=2",
+)
+METHODS = ("deep_defense", "clean")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The directories of two runs that share their reference, not measured beyond training's own measurement."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        for name, overrides in sweeps.expand(
+            [f"defense.name={','.join(METHODS)}"], [f"--config.{x}" for x in TINY], workdir
+        ):
+            config = configuration.read(str(ROOT / "configs/digits_mlp.py"), overrides)
+            parts = experiment.build(config, workdir / name)
+            configuration.claim_directory(config, workdir / name)
+            runs.run(parts)
+    return [workdir / name for name in METHODS]
+
+
+@pytest.fixture(scope="module")
+def compared(swept, tmp_path_factory):
+    """The folder of a comparison, what it printed, and which nets were measured for it."""
+    out, measured = tmp_path_factory.mktemp("out"), []
+    with pytest.MonkeyPatch.context() as patch:
+        original = measuring.measure
+        patch.setattr(
+            measuring, "measure", lambda *a, **k: measured.append((a[0].workdir.name, k["name"])) or original(*a, **k)
+        )
+        printed = comparison.compare(swept, out)
+    return out, printed, measured
+
+
+def test_every_net_is_measured_once_the_shared_reference_too(swept, compared):
+    out, _, measured = compared
+    assert measured == [("deep_defense", "reference"), ("deep_defense", "defended"), ("clean", "defended")]
+    full = [reports.read(workdir) for workdir in swept]
+    assert full[0]["measured"]["reference"] == full[1]["measured"]["reference"]
+    assert all(report["names"] == list(evaluation.NAMES) for report in full)
+    assert (swept[1] / "plots/success_over_epsilon.png").exists() and (swept[1] / "plots/single_run.pdf").exists()
+
+
+def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared):
+    out, printed, _ = compared
+    table = (out / "table.txt").read_text()
+    assert table.strip() in printed
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["reference", "clean", "deep_defense"]
+    found = json.loads((out / "comparison.json").read_text())["figures"]
+    measured = reports.read(swept[0])["measured"]
+    for name, figures in (("reference", measured["reference"]), ("deep_defense", measured["defended"])):
+        assert found[name] == figures | {k: v for k, v in found[name].items() if k.startswith("accuracy_fgs")}
+    assert found["deep_defense"]["accuracy_fgs_1.0"] <= 0.5  # By its meaning.
+    assert 0.5 < found["deep_defense"]["accuracy_fgs_0.2"] <= found["deep_defense"]["accuracy"]
+    assert f"epsilon_ref = {measured['defended']['epsilon_half']:.4g}, where half" in table
+    assert "40 test images (C&W: the first 3) of digits" in table
+    assert (out / "table.md").read_text().count("\n| ") == 4
+
+
+def test_all_of_the_paper_s_figures_are_drawn(compared):
+    out, _, _ = compared
+    names = ("success_over_epsilon", "robustness_over_accuracy", "fooling_examples", "training_over_epochs")
+    assert {path.name for path in out.glob("*.p*")} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+
+
+def test_the_examples_fool_the_nets_they_are_drawn_for(swept):
+    parts = [experiment.open_run(workdir) for workdir in swept]
+    nets = comparison.list_nets(parts, [reports.read(workdir) for workdir in swept])
+    image, examples, label = comparison.fooling_examples(nets)
+    assert [example.method for example in examples] == ["reference", "clean", "deep_defense"]
+    for net, example in zip(nets, examples, strict=True):
+        logits = net.run.model.apply(
+            {"params": experiment.restore(net.run, net.stage).params}, jnp.asarray(example.image[None])
+        )
+        assert str(int(np.argmax(logits))) == example.label != label
+        difference = np.linalg.norm(example.image - image) / np.linalg.norm(image)
+        assert example.ratio == pytest.approx(difference, rel=1e-4)
+
+
+def test_curves_over_epochs_are_the_log_s(swept):
+    parts = experiment.open_run(swept[0])
+    net = comparison.Net("deep_defense", "deep_defense", parts, "defended", reports.read(swept[0]))
+    lines = [line for line in run_log.read(swept[0]) if line["stage"] == "defended" and "test" in line]
+    assert [point[0] for point in comparison.epochs(net)] == [1.0, 2.0]
+    assert [point[1:] for point in comparison.epochs(net)] == [
+        (line["test"]["accuracy"], line["test"]["rho_l2"]) for line in lines
+    ]
+
+
+def test_a_subset_is_enough_for_what_it_shows(swept, tmp_path):
+    for workdir in swept:
+        shutil.copytree(workdir, tmp_path / workdir.name)
+        (tmp_path / workdir.name / "report.json").unlink()
+    copies = [tmp_path / workdir.name for workdir in swept]
+    printed = comparison.compare(copies, tmp_path / "out", names=("deepfool",), limit=20)
+    assert "PASS" not in printed and "epsilon_ref" not in printed and "20 test images of" in printed
+    assert not (tmp_path / "out/success_over_epsilon.png").exists()
+    assert (tmp_path / "out/robustness_over_accuracy.png").exists()
+
+
+def test_runs_of_other_nets_or_data_are_refused(swept, tmp_path):
+    other = shutil.copytree(swept[1], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["test_limit"] = 39
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"other has other data or another net than .*deep_defense; only runs"):
+        comparison.compare([swept[0], other], tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="is not a run directory"):
+        comparison.compare([swept[0], tmp_path / "nowhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
