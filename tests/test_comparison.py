@@ -96,7 +96,7 @@ def test_all_of_the_paper_s_figures_are_drawn(compared):
     assert {path.name for path in out.glob("*.p*")} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
-def test_the_examples_fool_the_nets_they_are_drawn_for(swept):
+def test_the_examples_fool_the_nets_they_are_drawn_for(swept, compared):
     parts = [experiment.open_run(workdir) for workdir in swept]
     nets = comparison.list_nets(parts, [reports.read(workdir) for workdir in swept])
     image, examples, label = comparison.fooling_examples(nets)
@@ -110,7 +110,7 @@ def test_the_examples_fool_the_nets_they_are_drawn_for(swept):
         assert example.ratio == pytest.approx(difference, rel=1e-4)
 
 
-def test_curves_over_epochs_are_the_log_s(swept):
+def test_curves_over_epochs_are_the_log_s(swept, compared):
     parts = experiment.open_run(swept[0])
     net = comparison.Net("deep_defense", "deep_defense", parts, "defended", reports.read(swept[0]))
     lines = [line for line in run_log.read(swept[0]) if line["stage"] == "defended" and "test" in line]
@@ -120,7 +120,7 @@ def test_curves_over_epochs_are_the_log_s(swept):
     ]
 
 
-def test_a_subset_is_enough_for_what_it_shows(swept, tmp_path):
+def test_a_subset_is_enough_for_what_it_shows(swept, compared, tmp_path):
     for workdir in swept:
         shutil.copytree(workdir, tmp_path / workdir.name)
         (tmp_path / workdir.name / "report.json").unlink()
@@ -131,7 +131,7 @@ def test_a_subset_is_enough_for_what_it_shows(swept, tmp_path):
     assert (tmp_path / "out/robustness_over_accuracy.png").exists()
 
 
-def test_runs_of_other_nets_or_data_are_refused(swept, tmp_path):
+def test_runs_of_other_nets_or_data_are_refused(swept, compared, tmp_path):
     other = shutil.copytree(swept[1], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["data"]["test_limit"] = 39
