@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 "classes_at_once": 0,  # the gradients of so many classes are in memory at a time; 0: of all candidates
                 "mixing_weight": 0.5,  # of the loss on adversarial examples, 0..1
                 "epsilon": 0.1,  # of FGSM's examples, linf, in the units of the inputs
-                "beta": 1e-3,  # of Parseval's retraction
+                "beta": 1e-4,  # of Parseval's retraction
             },
             "fine_tuning": {
                 "num_epochs": 5,  # with the defense, from the reference on

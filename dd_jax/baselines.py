@@ -124,7 +124,7 @@ def _check_share(mixing_weight: float) -> None:
         raise ValueError(f"mixing_weight is {mixing_weight}; it must be within 0..1.")
 
 
-def parseval_retraction(params: Any, *, beta: float = 1e-3) -> Any:
+def parseval_retraction(params: Any, *, beta: float = 1e-4) -> Any:
     """One step of every weight matrix towards orthonormality, W <- (1 + beta) W - beta W W^T W (Cisse et al., ICML 2017).
 
     Leaves of two axes or more are weights, kernels of (..., inputs, outputs), and become matrices of (all but the last

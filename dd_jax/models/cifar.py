@@ -8,10 +8,8 @@ from typing import ClassVar
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dd_jax.models.layers import conv, only_pixel
+from dd_jax.models.layers import batch_dropout, conv, only_pixel
 from dd_jax.pooling import avg_pool, max_pool
-
-DROPOUT_RATE = 0.5
 
 
 class ConvNet(nn.Module):
@@ -66,15 +64,12 @@ class NIN(nn.Module):
         x = nn.relu(conv(192, 5, padding=2, name="conv1")(x))
         x = nn.relu(conv(160, 1, name="cccp1")(x))
         x = nn.relu(conv(96, 1, name="cccp2")(x))
-        x = self._dropout("dropout1", train)(max_pool(x, 2, 2))
+        x = batch_dropout(train=train, name="dropout1")(max_pool(x, 2, 2))
         x = nn.relu(conv(192, 5, padding=2, name="conv2")(x))
         x = nn.relu(conv(192, 1, name="cccp3")(x))
         x = nn.relu(conv(192, 1, name="cccp4")(x))
-        x = self._dropout("dropout2", train)(avg_pool(x, 2))
+        x = batch_dropout(train=train, name="dropout2")(avg_pool(x, 2))
         x = nn.relu(conv(192, 3, padding=1, name="conv3")(x))
         x = nn.relu(conv(192, 1, name="cccp5")(x))
         x = conv(self.num_classes, 1, name="cccp6")(x)
         return only_pixel(avg_pool(x, 8))
-
-    def _dropout(self, name: str, train: bool) -> nn.Dropout:
-        return nn.Dropout(DROPOUT_RATE, broadcast_dims=(0,), deterministic=not train, name=name)
