@@ -155,18 +155,25 @@ def list_nets(runs: Sequence[Experiment], runs_reports: Sequence[dict[str, Any]]
     """The reference (each, where the runs do not share one), then every run's defended net, under distinct labels."""
     nets: list[Net] = []
     for run, report in zip(runs, runs_reports, strict=True):
-        if not any(net.measured == report["measured"][REFERENCE] for net in nets):
+        if not any(_agree(net.measured, report["measured"][REFERENCE]) for net in nets):
             label = REFERENCE if not nets else f"{REFERENCE} ({run.workdir.name})"
             nets.append(Net(label, REFERENCE, run, REFERENCE, report))
     methods = [run.config.defense.name for run in runs]
     in_order = sorted(zip(runs, runs_reports, methods, strict=True), key=lambda one: baselines.NAMES.index(one[2]))
     for run, report, method in in_order:
-        label = method if methods.count(method) == 1 else f"{method} ({run.workdir.name})"
+        plain = methods.count(method) == 1 or run.workdir.name == method
+        label = method if plain else f"{method} ({run.workdir.name})"
         nets.append(Net(label, method, run, DEFENDED, report))
     labels = [net.label for net in nets]
     if len(set(labels)) < len(labels):
         raise ConfigurationError(f"The runs' directories must have different names; these are {', '.join(labels)}.")
     return nets
+
+
+def _agree(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two measurements of the same images are of the same net: all that both have is the same, but for rounding."""
+    shared = [name for name in first.keys() & second.keys() if isinstance(first[name], (int, float))]
+    return all(np.isclose(first[name], second[name], rtol=1e-4) for name in shared if second[name] is not None)
 
 
 def fgs_accuracies(nets: Sequence[Net], limit: int | None) -> tuple[list[dict[str, float]], str]:

@@ -120,6 +120,16 @@ def test_curves_over_epochs_are_the_log_s(swept, compared):
     ]
 
 
+def test_a_reference_counts_once_whatever_was_measured_of_it(swept, compared):
+    parts = [experiment.open_run(workdir) for workdir in swept]
+    first, second = (reports.read(workdir) for workdir in swept)
+    few = {name: first["measured"]["reference"][name] for name in ("num_examples", "accuracy", "rho_l2")}
+    as_if = lambda **changes: second | {"measured": second["measured"] | {"reference": few | changes}}
+    assert len(comparison.list_nets(parts, [first, as_if()])) == 3
+    nets = comparison.list_nets(parts, [first, as_if(rho_l2=0.9 * few["rho_l2"])])
+    assert [net.label for net in nets] == ["reference", "reference (clean)", "clean", "deep_defense"]
+
+
 def test_a_subset_is_enough_for_what_it_shows(swept, compared, tmp_path):
     for workdir in swept:
         shutil.copytree(workdir, tmp_path / workdir.name)
