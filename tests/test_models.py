@@ -163,7 +163,7 @@ def test_dropout_keeps_half_and_doubles_it(nin):
 
 
 def test_names_and_shapes():
-    assert models.NAMES == (*NAMES, "alexnet", "alexnet_torchvision", "resnet18")
+    assert list(models.NAMES) == [*NAMES, "alexnet", "alexnet_torchvision", "resnet18"]
     assert [models.input_shape(name) for name in NAMES] == [(28, 28, 1)] * 2 + [(32, 32, 3)] * 2
 
 
