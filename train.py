@@ -54,6 +54,10 @@ def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
         configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
     parallel.wait_for_all("claimed")
     command_line.say(f"{parts.feed.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}")
+    if not (config.reference.source or config.reference.num_epochs):
+        command_line.say(
+            "The reference net has random weights: reference.source is empty and reference.num_epochs is 0."
+        )
     report = reports.make_report(parts, runs.run(parts))
     if parallel.is_primary():
         path = reports.write(report, workdir)

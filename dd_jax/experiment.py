@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dd_jax import baselines, data, metrics, models, pretrained, run_log, tensorboard, training
+from dd_jax import baselines, data, metrics, models, parallel, pretrained, run_log, tensorboard, training
 from dd_jax.checkpoints import Checkpoints
 from dd_jax.configuration import ConfigurationError, load
 from dd_jax.data import Preprocessing
@@ -145,6 +145,11 @@ def make_stage(experiment: Experiment, name: str) -> Stage:
         steps_per_epoch = data.steps_per_epoch(experiment.feed.num_train, settings.batch_size)
     except ValueError as error:
         raise ConfigurationError(f"{section}.{error}.") from error
+    _, num_processes = parallel.my_share()
+    if settings.batch_size % num_processes:
+        raise ConfigurationError(
+            f"{section}.batch_size is {settings.batch_size}; it must be a multiple of the {num_processes} processes."
+        )
     num_steps = settings.num_epochs * steps_per_epoch
     if settings.max_steps:
         num_steps = min(num_steps, settings.max_steps)

@@ -255,6 +255,9 @@ def test_none_and_mean_image():
     lower, upper = data.bounds(mean_image)
     np.testing.assert_array_equal(lower, mean_image(np.zeros_like(test)))
     np.testing.assert_array_equal(upper, mean_image(np.full_like(test, 255)))
+    for fitted in (none, mean_image):
+        back = data.make_to_images(fitted)(fitted(test))
+        np.testing.assert_allclose(back, test / 255, atol=1e-6)
     assert "minus the mean training image" in mean_image.description
 
 
@@ -271,7 +274,7 @@ def test_contrast_whiten_on_two_pixels_by_hand():
     np.testing.assert_allclose(fitted(train).reshape(4, 2), expected / np.sqrt(2) / 255, rtol=1e-5)
     flat = fitted(np.full((1, 1, 2, 1), 77, np.uint8))
     np.testing.assert_allclose(flat, 0, atol=1e-6)
-    assert data.bounds(fitted) is None
+    assert data.bounds(fitted) is None and data.make_to_images(fitted) is None
 
 
 def test_whitening_floors_the_small_eigenvalues():

@@ -1,4 +1,4 @@
-"""A run on image files: trained, killed by SIGTERM on two devices, taken up on one, measured; a corrupt image on the way."""
+"""A run on image files: trained, ended by SIGTERM on four devices, taken up on one, measured; a corrupt image on the way."""
 
 import json
 import os
@@ -95,9 +95,9 @@ def command(folder, workdir, num_devices, *more):
     )
 
 
-def test_a_run_asked_to_end_on_two_devices_goes_on_on_one(folder, tmp_path):
+def test_a_run_asked_to_end_on_four_devices_goes_on_on_one(folder, tmp_path):
     long = "fine_tuning.num_epochs=2000"
-    first = command(folder, tmp_path / "run", 2, long)
+    first = command(folder, tmp_path / "run", 4, long)
     journal, patience = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
     while not (journal.exists() and '"stage": "defended"' in journal.read_text()):
         assert first.poll() is None and time.monotonic() < patience, first.communicate()[1]

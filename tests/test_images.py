@@ -172,6 +172,7 @@ def test_the_input_spaces_of_published_nets():
         np.testing.assert_allclose(inputs, expected, atol=2e-6)
         lower, upper = data.bounds(Preprocessing(name))
         assert lower.shape == (1, 1, 1, 3) and (inputs >= lower).all() and (inputs <= upper).all()
+        np.testing.assert_allclose(data.make_to_images(Preprocessing(name))(inputs), pixels / 255, atol=1e-6)
         assert data.fit(name, pixels) == Preprocessing(name)
         with pytest.raises(ValueError, match="three channels, got 1"):
             Preprocessing(name)(pixels[..., :1])

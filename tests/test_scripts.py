@@ -142,6 +142,7 @@ def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, mo
     nothing = ("reference.num_epochs=0", "fine_tuning.num_epochs=0", "defense.name=clean")
     code, out, err = run("train", "--config", CONFIG, *overrides(*nothing))
     assert (code, err) == (0, "") and (tmp_path / "runs/digits_mlp/report.json").exists()
+    assert "The reference net has random weights: reference.source is empty" in out
     measured = json.loads((tmp_path / "runs/digits_mlp/report.json").read_text())["measured"]
     assert measured["reference"] == measured["defended"]
 

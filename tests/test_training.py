@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dd_jax import baselines, training
+from dd_jax.attacks.deepfool import deepfool
 
 random = np.random.default_rng(0)
 KEY = jax.random.key(3)
@@ -180,6 +181,29 @@ def test_batch_statistics_are_used_as_they_are_stored():
     np.testing.assert_allclose(logits, model.apply({"params": state.params, "batch_stats": statistics}, BATCH["image"]))
     after, _ = train(model, optimizer, baselines.plain_loss, 1, state=state._replace(batch_stats=copy(statistics)))
     assert_equal(after.batch_stats, statistics)
+
+
+def test_bfloat16_is_within_the_net_alone():
+    """Logits and perturbations are float32, the weights stay so, and what training does is nearly the same."""
+    model, params = Net(), start(Net(), sgd()).params
+    narrow = training.make_logits_fn(model, params, {}, compute_dtype="bfloat16")
+    logits, wide = narrow(BATCH["image"]), training.make_logits_fn(model, params, {})(BATCH["image"])
+    assert logits.dtype == jnp.float32 and 1e-4 < np.abs(logits - wide).max() < 3e-2
+    inside = jax.make_jaxpr(narrow)(jnp.asarray(BATCH["image"]))
+    products = [equation for equation in inside.jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert len(products) == 2 and all(equation.outvars[0].aval.dtype == jnp.bfloat16 for equation in products)
+    found = deepfool(narrow, jnp.asarray(BATCH["image"]))
+    assert found.perturbation.dtype == jnp.float32 and found.perturbation.any()
+
+    defense = baselines.make_defense("deep_defense", penalty_weight=1.0, correct_scale=2.0, num_steps=2)
+    states = [
+        training.make_train_step(model, sgd(0.01), defense, compute_dtype=dtype)(start(model, sgd()), BATCH, KEY)[0]
+        for dtype in ("bfloat16", "float32")
+    ]
+    before = start(model, sgd()).params
+    moved = [jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before) for state in states]
+    for first, second in zip(*map(jax.tree.leaves, moved), strict=True):
+        assert first.dtype == np.float32 and np.linalg.norm(first - second) < 0.2 * np.linalg.norm(second)
 
 
 # Dropout
