@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark/imagenet.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if arguments.tf32 else "highest")
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if arguments.tf32 else "highest")
     if arguments.row:
         batch, candidates = map(int, arguments.row.split(","))
         print(json.dumps(measure(arguments.net, batch, candidates, arguments)))

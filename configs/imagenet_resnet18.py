@@ -3,7 +3,7 @@
     python train.py --config configs/imagenet_resnet18.py --data_dir DIR --config.reference.source=resnet18-f37072fd.pth
 
 DIR holds TFDS's imagenet2012; --config.data.name=image_folder reads DIR/train/CLASS/* and DIR/val/CLASS/* instead. The weights
-are torchvision's (.pth, .safetensors). Not run on all of ImageNet: benchmarks/README.md has a plan, with what was measured.
+are torchvision's (.pth, .safetensors). Not run on all of ImageNet: benchmarks/imagenet.md has a plan, with what was measured.
 l_2 in units of 1/255; the paper: reference 0.69, Deep Defense 1.03.
 """
 
