@@ -20,6 +20,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ import dd_jax  # noqa: E402
 
 BATCHES = {"mlp": (100,), "lenet": (100,), "convnet": (100,), "nin": (20, 100)}
 FOOLBOX_IMAGES = {"mlp": 100, "lenet": 100, "convnet": 100, "nin": 20}
+OVERSHOOTS = (0.02, 0.005)
 PARTS = ("step", "deepfool", "growth", "third_party")
 GROWTH_NETS = ("mlp", "lenet")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "foolbox")
@@ -78,28 +80,40 @@ def measure_step(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Arra
     }
 
 
-def measure_deepfool(apply_fn: Net, params: Any, inputs: jax.Array) -> dict[str, Any]:
-    """DeepFool alone, 50 steps from the predicted class, within the images' range; foolbox's on the same net beside it."""
+def measure_deepfool(apply_fn: Net, params: Any, inputs: jax.Array) -> list[dict[str, Any]]:
+    """DeepFool alone, 50 steps from the predicted class, within the images' range; foolbox's on the same net beside it.
+
+    At each of OVERSHOOTS: foolbox overshoots every step as it goes, dd_jax the whole sum at the end.
+    """
     logits_fn = jax.jit(partial(apply_fn, params))
     bounds = float(inputs.min()), float(inputs.max())
     labels = jnp.argmax(logits_fn(inputs), axis=-1)
-    attack, _ = compiled(lambda x: dd_jax.deepfool(partial(apply_fn, params), x, num_steps=50, bounds=bounds), inputs)
-
-    def figures(perturbation: jax.Array, seconds: float) -> dict[str, float]:
-        sizes = jnp.linalg.norm(perturbation.reshape(len(inputs), -1), axis=1)
-        fooled = jnp.argmax(logits_fn(inputs + perturbation), axis=-1) != labels
-        return {"images_per_second": len(inputs) / seconds, "l2": float(sizes.mean()), "success": float(fooled.mean())}
-
-    result = {"num_images": len(inputs), "dd_jax": figures(attack(inputs).perturbation, timed(lambda: attack(inputs)))}
     try:
         import foolbox
     except ImportError:
-        return result | {"foolbox": None}
-    model = foolbox.JAXModel(logits_fn, bounds=bounds)
-    theirs = foolbox.attacks.L2DeepFoolAttack(steps=50, candidates=10, overshoot=0.02)
-    run = lambda: theirs.run(model, inputs, foolbox.criteria.Misclassification(labels))
-    adversarial = jnp.asarray(run())
-    return result | {"foolbox": figures(adversarial - inputs, timed(run, seconds=0.0, least=1))}
+        foolbox = None
+
+    def row(library: str, overshoot: float, perturb: Callable[[], jax.Array], **timing: Any) -> dict[str, Any]:
+        perturbation = perturb()
+        sizes = jnp.linalg.norm(perturbation.reshape(len(inputs), -1), axis=1)
+        fooled = jnp.argmax(logits_fn(inputs + perturbation), axis=-1) != labels
+        rate = len(inputs) / timed(perturb, **timing)
+        figures = {"images_per_second": rate, "l2": float(sizes.mean()), "success": float(fooled.mean())}
+        return {"library": library, "overshoot": overshoot, "num_images": len(inputs)} | figures
+
+    def ours(overshoot: float) -> dict[str, Any]:
+        options = {"num_steps": 50, "overshoot": overshoot, "bounds": bounds}
+        attack, _ = compiled(lambda x: dd_jax.deepfool(partial(apply_fn, params), x, **options), inputs)
+        return row("dd_jax", overshoot, lambda: attack(inputs).perturbation)
+
+    def theirs(overshoot: float) -> dict[str, Any]:
+        model = foolbox.JAXModel(logits_fn, bounds=bounds)
+        attack = foolbox.attacks.L2DeepFoolAttack(steps=50, candidates=10, overshoot=overshoot)
+        run = lambda: attack.run(model, inputs, foolbox.criteria.Misclassification(labels)) - inputs
+        return row("foolbox", overshoot, run, seconds=0.0, least=1)
+
+    libraries = (ours, theirs) if foolbox else (ours,)
+    return [measure(overshoot) for overshoot in OVERSHOOTS for measure in libraries]
 
 
 def measure_growth(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Array) -> dict[str, dict[int, float]]:
@@ -167,14 +181,13 @@ def tables(results: list[dict[str, Any]]) -> str:
             f" {net['accuracy']:9.1%}"
             for s in net.get("step", [])
         ]
-    lines.append(f"\n{'DeepFool alone':14} images  images/s    l2  success")
-    for net in results:
-        for library in ("dd_jax", "foolbox"):
-            if row := net.get("deepfool", {}).get(library):
-                lines.append(
-                    f"{net['net'] + ' ' + library:16} {net['deepfool']['num_images']:4} {row['images_per_second']:9.1f}"
-                    f" {row['l2']:.3f} {row['success']:8.1%}"
-                )
+    lines.append(f"\n{'DeepFool alone':16} overshoot  images  images/s     l2  success")
+    lines += [
+        f"{net['net'] + ' ' + row['library']:16} {row['overshoot']:9} {row['num_images']:7}"
+        f" {row['images_per_second']:9.1f} {row['l2']:6.4f} {row['success']:8.1%}"
+        for net in results
+        for row in net.get("deepfool", [])
+    ]
     for net in results:
         if both := net.get("third_party"):
             ours, theirs = both["dd_jax"], both["straightforward"]

@@ -255,13 +255,21 @@ def test_order_and_company_do_not_matter(short_turns, x64):
 
 
 WORK = 9 * 2 * (6 * 8 + 8 * 4)  # Operations of NET's forward pass for all INPUTS.
-QUEUES = [(2, 1, 1, {9, 5, 1}), (9, 1, 1, {9, 1}), (9, 7, 1, {9, 7, 2}), (1, 100, 1, {9}), (9, 1, WORK // 3, {9, 3, 1})]
+QUEUES = [
+    (2, 1, 1, WORK, {9, 5, 1}),
+    (9, 1, 1, WORK, {9, 1}),
+    (9, 7, 1, WORK, {9, 7, 2}),
+    (1, 100, 1, WORK, {9}),
+    (9, 1, WORK // 3, WORK, {9, 3, 1}),
+    (2, 1, 1, WORK // 3, {9, 3, 1}),
+]
 
 
-@pytest.mark.parametrize("turns, smallest, least_work, expected", QUEUES)
-def test_the_work_queue_does_not_show(turns, smallest, least_work, expected, monkeypatch, x64):
+@pytest.mark.parametrize("turns, smallest, least_work, most_work, expected", QUEUES)
+def test_the_work_queue_does_not_show(turns, smallest, least_work, most_work, expected, monkeypatch, x64):
     whole = plain_result()
     monkeypatch.setitem(module.LEAST_WORK, "cpu", least_work)
+    monkeypatch.setitem(module.MOST_WORK, "cpu", most_work)
     monkeypatch.setitem(module.TURNS_PER_BATCH, "cpu", turns)
     monkeypatch.setitem(module.SMALLEST_TURN, "cpu", smallest)
     sizes = []

@@ -15,6 +15,7 @@ number of examples that are still active, whatever step each of them is at, take
 example that has stopped costs nothing more, and one compiled loop body serves all. Results do not depend on it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ TURNS_PER_BATCH = {"cpu": 4}  # How many turns of the queue take one step of a w
 SMALLEST_TURN = {"cpu": 4}  # Fewer rows than this do not fill the device.
 DEFAULT_SMALLEST_TURN = 64
 LEAST_WORK = {"cpu": 4e7}  # Operations of a turn's forward pass: with fewer, small products run below their speed.
+MOST_WORK = {"cpu": 4e9}  # With more, rows only wait for one another.
 LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
 
 
@@ -166,7 +168,8 @@ def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tu
     """Chooses how many examples share a turn of the queue, and traces the net for that many."""
     batch, backend = inputs.shape[0], jax.default_backend()
     work = operations(jax.make_jaxpr(logits_fn)(inputs).jaxpr)
-    num_turns = min(TURNS_PER_BATCH.get(backend, 1), max(1, int(work // LEAST_WORK.get(backend, 1))))
+    num_turns = max(TURNS_PER_BATCH.get(backend, 1), int(work // MOST_WORK.get(backend, math.inf)))
+    num_turns = min(num_turns, max(1, int(work // LEAST_WORK.get(backend, 1))))
     num_rows = max(-(-batch // num_turns), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
     if num_rows >= batch or not rows_are_interchangeable(logits_fn, inputs, num_rows):
         num_rows = batch
