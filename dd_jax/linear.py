@@ -3,9 +3,11 @@
 XLA runs a plain convolution (NHWC images, HWIO kernel, stride 1) at full speed on a CPU, but inside a loop the forms that
 autodiff makes for its derivatives run up to 100 times slower (jax issue 12868). The derivatives are convolutions themselves,
     y = x * w      =>      x_bar = y_bar * flipped w^T,      w_bar = x^T * y_bar^T   (batch and channels change places),
-so they are written out as such here, and are closed under further differentiation.
+so they are written out as such here. All three are derivatives of the one number sum(y_bar . (x * w)), which is linear in each of
+its arguments: the derivatives of any of them are the other two, to any order.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+MOST_ZEROS = 1.5  # Of an input gradient's pixels over its cotangent's, in one convolution; measured on CPU.
 FEWEST_OUTPUTS = 2  # Fewer output channels than this are computed in blocks; measured on CPU.
 
 
@@ -23,6 +26,83 @@ def convolution(
     x: Float[Array, "batch height width inputs"], kernel: Float[Array, "down across inputs outputs"], padding: Padding
 ) -> Float[Array, "batch rows columns outputs"]:
     """Cross-correlation with stride 1, `padding` zeros ((top, bottom), (left, right)); differentiable in reverse mode."""
+    return _correlation(x, kernel, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def input_gradient(
+    cotangent: Float[Array, "batch rows columns outputs"],
+    kernel: Float[Array, "down across inputs outputs"],
+    padding: Padding,
+) -> Float[Array, "batch height width inputs"]:
+    """What `convolution` with this kernel and padding hands back to its input (a transposed convolution)."""
+    down, across, inputs, outputs = kernel.shape
+    (top, bottom), (left, right) = padding
+    sizes = cotangent.shape[1] + down - 1 - top - bottom, cotangent.shape[2] + across - 1 - left - right
+    # The barriers keep XLA from folding the transposition back into the slow form.
+    if sizes[0] * sizes[1] < MOST_ZEROS * cotangent.shape[1] * cotangent.shape[2]:
+        flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
+        return _correlation(
+            cotangent, flipped, ((down - 1 - top, down - 1 - bottom), (across - 1 - left, across - 1 - right))
+        )
+    # Most of what the kernel sees would be zeros: its rows are taken one by one, and what they give is added up.
+    by_rows = jnp.flip(kernel, 1).transpose(1, 3, 0, 2).reshape(1, across, outputs, down * inputs)
+    parts = _correlation(
+        cotangent, lax.optimization_barrier(by_rows), ((0, 0), (across - 1 - left, across - 1 - right))
+    )
+    parts, zero = parts.reshape(*parts.shape[:3], down, inputs), jnp.zeros((), parts.dtype)
+    edges = [((0, 0, 0), (row - top, down - 1 - row - bottom, 0), (0, 0, 0), (0, 0, 0)) for row in range(down)]
+    return sum(lax.pad(parts[:, :, :, row], zero, edges[row]) for row in range(down))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def kernel_gradient(
+    x: Float[Array, "batch height width inputs"],
+    cotangent: Float[Array, "batch rows columns outputs"],
+    padding: Padding,
+) -> Float[Array, "down across inputs outputs"]:
+    """What `convolution` of this input with this padding hands back to its kernel."""
+    sizes = [n + sum(edges) - m + 1 for n, m, edges in zip(x.shape[1:3], cotangent.shape[1:3], padding, strict=True)]
+    if sizes == [1, 1] and padding == ((0, 0), (0, 0)):
+        return jnp.einsum("nhwi,nhwo->io", x, cotangent)[None, None]
+    # The operand with fewer channels goes first (fewer, longer patches), but for a kernel larger than its images XLA has no fast
+    # form: 1 instead of 50 GFLOP/s for ResNet's strided convolutions.
+    is_larger = any(n > m for n, m in zip(x.shape[1:3], cotangent.shape[1:3], strict=True))
+    flipped = x.shape[3] > cotangent.shape[3] and not is_larger
+    if flipped:
+        x, cotangent = cotangent, x
+        padding = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True))
+    images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
+    kernels = lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3))
+    gradient = _correlation(images, kernels, padding)
+    return jnp.flip(gradient, (1, 2)).transpose(1, 2, 3, 0) if flipped else gradient.transpose(1, 2, 0, 3)
+
+
+def _saved(a: Array, b: Array, padding: Padding, of: Callable) -> tuple[Array, tuple[Array, Array]]:
+    return of(a, b, padding), (a, b)
+
+
+def _convolution_backward(padding: Padding, saved: tuple[Array, Array], y_bar: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return input_gradient(y_bar, kernel, padding), kernel_gradient(x, y_bar, padding)
+
+
+def _input_gradient_backward(padding: Padding, saved: tuple[Array, Array], x_bar: Array) -> tuple[Array, Array]:
+    cotangent, kernel = saved
+    return convolution(x_bar, kernel, padding), kernel_gradient(x_bar, cotangent, padding)
+
+
+def _kernel_gradient_backward(padding: Padding, saved: tuple[Array, Array], kernel_bar: Array) -> tuple[Array, Array]:
+    x, cotangent = saved
+    return input_gradient(cotangent, kernel_bar, padding), convolution(x, kernel_bar, padding)
+
+
+convolution.defvjp(partial(_saved, of=convolution), _convolution_backward)
+input_gradient.defvjp(partial(_saved, of=input_gradient), _input_gradient_backward)
+kernel_gradient.defvjp(partial(_saved, of=kernel_gradient), _kernel_gradient_backward)
+
+
+def _correlation(x: Array, kernel: Array, padding: Padding) -> Array:
     if kernel.shape[3] < FEWEST_OUTPUTS and kernel.shape[:2] != (1, 1):
         return _in_blocks(x, kernel, padding)
     return _plain(x, kernel, (1, 1), padding)
@@ -52,42 +132,6 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
     batch, half_rows, half_columns, _ = y.shape
     y = y.reshape(batch, half_rows, half_columns, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(batch, 2 * half_rows, 2 * half_columns, outputs)[:, : sizes[0], : sizes[1]]
-
-
-def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return convolution(x, kernel, padding), (x, kernel)
-
-
-def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    return _input_gradient(kernel, cotangent, padding), _kernel_gradient(x, cotangent, padding, kernel.shape)
-
-
-def _input_gradient(kernel: Array, cotangent: Array, padding: Padding) -> Array:
-    # The barriers keep XLA from folding the transposition back into the slow form.
-    flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
-    sizes = kernel.shape[:2]
-    return convolution(
-        cotangent, flipped, tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True))
-    )
-
-
-def _kernel_gradient(x: Array, cotangent: Array, padding: Padding, shape: tuple[int, ...]) -> Array:
-    if shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
-        return jnp.einsum("nhwi,nhwo->io", x, cotangent)[None, None]
-    # The operand with fewer channels goes first (fewer, longer patches), but for a kernel larger than its images XLA has no fast
-    # form: 1 instead of 50 GFLOP/s for ResNet's strided convolutions.
-    flipped = shape[2] > shape[3] and all(n <= m for n, m in zip(x.shape[1:3], cotangent.shape[1:3], strict=True))
-    if flipped:
-        x, cotangent = cotangent, x
-        padding = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(shape[:2], padding, strict=True))
-    images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
-    kernels = lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3))
-    gradient = convolution(images, kernels, padding)
-    return jnp.flip(gradient, (1, 2)).transpose(1, 2, 3, 0) if flipped else gradient.transpose(1, 2, 0, 3)
-
-
-convolution.defvjp(_forward, _backward)
 
 
 def strided_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
