@@ -1,9 +1,4 @@
-"""The nets that are measured: trained briefly on real data, or read from files.
-
-NIN leaves the plateau of its first training steps late (its first layers see whitened pixels of standard deviation 0.12, and
-nine ReLUs make all images alike). So its layers are first centred on data: every channel of every convolution gets mean
-0 and standard deviation 1 over a few images, as in Salimans and Kingma, "Weight normalization" (NeurIPS 2016), section 3.
-"""
+"""The nets that are measured: trained briefly on real data, or read from files."""
 
 import pathlib
 from collections.abc import Callable
@@ -15,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dd_jax import configuration, experiment, pretrained, runs, training
+from dd_jax import configuration, experiment, initialisation, pretrained, runs, training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"mlp": "mnist_mlp", "lenet": "mnist_lenet", "convnet": "cifar_convnet", "nin": "cifar_nin"}
 TRAINING_STEPS = {"mlp": 1200, "lenet": 1200, "convnet": 600, "nin": 300}
 TRAIN_LIMIT = {"nin": 10000}  # What it sees in its few steps; the others, which are quicker, get all images.
-NIN_LAYERS = ("conv1", "cccp1", "cccp2", "conv2", "cccp3", "cccp4", "conv3", "cccp5")  # and cccp6, the head
 NIN_BATCH, NIN_RATE = 32, 0.03
 
 Net = Callable[[Any, jax.Array], jax.Array]
@@ -62,7 +56,7 @@ def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
             return flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
     path.parent.mkdir(parents=True, exist_ok=True)
     model, images, labels = parts.model, parts.feed.train_inputs, parts.feed.data.train_labels
-    params = centred(model, model.init(jax.random.key(0), images[:1])["params"], images[:50])
+    params = initialisation.centred(model, model.init(jax.random.key(0), images[:1])["params"], images[:50])
     schedule = optax.warmup_cosine_decay_schedule(NIN_RATE / 10, NIN_RATE, 10, TRAINING_STEPS["nin"])
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule, momentum=0.9))
 
@@ -84,19 +78,3 @@ def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
             print(f"nin: step {number}, cross-entropy {value:.3f}", flush=True)
     np.savez(path, **flax.traverse_util.flatten_dict(params, sep="/"))
     return params
-
-
-def centred(model: Any, params: Any, images: np.ndarray) -> Any:
-    """Parameters with which every channel of NIN's convolutions has mean 0 and deviation 1 over the images; a small head."""
-
-    @jax.jit
-    def outputs(params: Any) -> dict[str, jax.Array]:
-        _, variables = model.apply({"params": params}, images, capture_intermediates=True)
-        return {name: variables["intermediates"][name]["__call__"][0] for name in NIN_LAYERS}
-
-    params = dict(params)
-    for name in NIN_LAYERS:
-        output = outputs(params)[name]
-        mean, deviation = output.mean(axis=(0, 1, 2)), output.std(axis=(0, 1, 2))
-        params[name] = {"kernel": params[name]["kernel"] / deviation, "bias": -mean / deviation}
-    return params | {"cccp6": {"kernel": 0.1 * params["cccp6"]["kernel"], "bias": params["cccp6"]["bias"]}}

@@ -36,6 +36,9 @@ def get_config() -> ConfigDict:
                 "batch_size": 100,  # at most all training images; what is left over sits the epoch out
                 "learning_rate": 0.05,
                 "schedule": "cosine",  # cosine (down to zero), halved_at_four_fifths (of the steps)
+                # Scale and shift every layer's first weights so that its outputs have mean 0 and deviation 1 on so many
+                # training images; 0: He's initialisation as it is.
+                "centre_on": 0,
                 **sgd,
             },
             "defense": {

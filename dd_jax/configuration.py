@@ -38,7 +38,7 @@ CHOICES = {
     "fine_tuning.schedule": tuple(training.SCHEDULES),
 }
 NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
-AT_LEAST_ONE = ("batch_size", "num_steps", "num_parts", "num_searches", "curve_points", "carlini_wagner_examples")
+AT_LEAST_ONE = ("batch_size", "num_steps", "num_parts", "num_binary_search_steps", "carlini_wagner_examples")
 MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
 
 

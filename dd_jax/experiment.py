@@ -16,6 +16,7 @@ from dd_jax.checkpoints import Checkpoints
 from dd_jax.configuration import ConfigurationError, load
 from dd_jax.data import Preprocessing
 from dd_jax.feeds import InMemory, Streamed
+from dd_jax.initialisation import centred
 
 REFERENCE, DEFENDED = "reference", "defended"
 PAPER_PREPROCESSING = {"digits": "none", "mnist": "mean_image", "cifar10": "contrast_whiten"}
@@ -95,6 +96,10 @@ def open_images(config: ConfigDict, preprocessing: Preprocessing | None) -> tupl
         train_limit=config.data.train_limit or None,
         test_limit=config.data.test_limit or None,
     )
+    if config.reference.centre_on:
+        raise ConfigurationError(
+            "reference.centre_on needs images in memory; it must be 0 for images that are streamed."
+        )
     name = preprocessing_name(config)
     if name not in data.UNFITTED:
         raise ConfigurationError(
@@ -213,6 +218,14 @@ def untrained(experiment: Experiment, stage: Stage) -> training.TrainState:
     """The state that a stage would begin with if there were no weights: drawn from the seed."""
     image_shape = models.input_shape(experiment.config.model.name)
     return training.initial_state(experiment.model, make_optimizer(stage), image_shape, experiment.config.seed)
+
+
+def first_state(experiment: Experiment, stage: Stage) -> training.TrainState:
+    """What the reference's training begins with: `untrained`, centred on images where the configuration says so."""
+    state, num_images = untrained(experiment, stage), stage.settings.centre_on
+    if not num_images:
+        return state
+    return state._replace(params=centred(experiment.model, state.params, experiment.feed.train_inputs[:num_images]))
 
 
 def evaluation_settings(config: ConfigDict) -> metrics.Settings:

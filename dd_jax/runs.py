@@ -27,10 +27,10 @@ from dd_jax.experiment import (
     REFERENCE,
     Experiment,
     Stage,
+    first_state,
     given_reference,
     make_optimizer,
     make_stage,
-    untrained,
 )
 from dd_jax.measuring import measure
 from dd_jax.progress import progress
@@ -144,7 +144,7 @@ def reference_state(experiment: Experiment) -> training.TrainState:
     def start() -> training.TrainState:
         stage = make_stage(experiment, REFERENCE)
         if given is None:
-            return untrained(experiment, stage)
+            return first_state(experiment, stage)
         state = training.fresh_state(make_optimizer(stage), *given)
         return state._replace(step=jax.numpy.asarray(stage.num_steps, jax.numpy.int32))  # Nothing left to train.
 

@@ -46,6 +46,7 @@ TRAINING = (
     "dd_jax.run_log",
     "dd_jax.tensorboard",
     "dd_jax.training",
+    "dd_jax.initialisation",
     "dd_jax.configuration",
     "dd_jax.sweeps",
     "dd_jax.command_line",

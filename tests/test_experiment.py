@@ -363,6 +363,15 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, section):
     built(tmp_path / "run", f"{section}.batch_size=200")
 
 
+def test_a_reference_may_begin_with_weights_centred_on_images(tmp_path):
+    parts = built(tmp_path / "run", "reference.centre_on=30")
+    stage = experiment.make_stage(parts, REFERENCE)
+    drawn, state = experiment.untrained(parts, stage), experiment.first_state(parts, stage)
+    logits = parts.model.apply({"params": state.params}, jax.numpy.asarray(parts.feed.train_inputs[:30]))
+    np.testing.assert_allclose(logits.std(axis=0), 1, rtol=1e-4)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, drawn)
+
+
 def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
     parts = built(tmp_path, "fine_tuning.max_steps=5", "reference.max_steps=1000", "reference.batch_size=60")
     reference, defended = (experiment.make_stage(parts, name) for name in (REFERENCE, DEFENDED))

@@ -119,9 +119,14 @@ def test_a_run_asked_to_end_on_four_devices_goes_on_on_one(folder, tmp_path):
     assert lines[-1]["input"]["images_per_second"] > 0 and lines[-1]["input"]["failures"] == 1
 
 
-def test_a_preprocessing_that_wants_all_images_first_is_refused(folder, tmp_path):
-    with pytest.raises(
-        configuration.ConfigurationError, match="of images that are streamed it can be none, caffe, torchv"
-    ):
-        built(folder, tmp_path, "data.preprocessing=mean_image")
+WANT_ALL_IMAGES_FIRST = {
+    "data.preprocessing=mean_image": "of images that are streamed it can be none, caffe, torchv",
+    "reference.centre_on=20": "reference.centre_on needs images in memory",
+}
+
+
+@pytest.mark.parametrize("override, said", WANT_ALL_IMAGES_FIRST.items())
+def test_what_wants_all_images_first_is_refused(override, said, folder, tmp_path):
+    with pytest.raises(configuration.ConfigurationError, match=said):
+        built(folder, tmp_path, override)
     assert not any(tmp_path.iterdir())
