@@ -17,4 +17,8 @@ def get_config():
     config.reference.learning_rate = 0.02
     config.fine_tuning.num_epochs = 50
     config.fine_tuning.max_gradient_norm = 10.0
+    # What the paper attacks whitened images with.
+    config.evaluation.pgd_epsilon = 0.01
+    config.evaluation.pgd_step_size = 0.001
+    config.evaluation.curve_max_epsilon = 0.05
     return config

@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
                 "num_candidates": 0,  # the most likely classes, to which DeepFool keeps, evaluation included; 0: all
                 "gradient_offset": 0.0,  # added to a gradient before its norm is taken; the authors: 5e-6, 1e-5
                 "classes_at_once": 0,  # the gradients of so many classes are in memory at a time; 0: of all candidates
-                "mixing_weight": 0.5,  # of the loss on adversarial examples, 0..1
+                "mixing_weight": 0.5,  # of the loss on DeepFool's examples (adversarial_deepfool), 0..1
+                "fgsm_weight": 0.5,  # of the loss on FGSM's examples (adversarial_fgsm, deep_defense_fgsm), 0..1
                 "epsilon": 0.1,  # of FGSM's examples, linf, in the units of the inputs
                 "beta": 1e-4,  # of Parseval's retraction
             },

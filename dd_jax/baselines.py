@@ -9,7 +9,8 @@ A loss is `loss_fn(logits_fn, inputs, labels) -> (loss per example, metrics per 
     deep_defense           L(x) + lambda * penalty(x)
     deep_defense_fgsm      L(x) + lambda * penalty(x) + a L(x + D)   D: FGSM's; supplement, section 2
 
-with a the mixing weight. Gradients do not flow through D there: it is an example like any other.
+with a the mixing weight (for FGSM's examples, fgsm_weight). Gradients do not flow through D there: it is an example like any
+other.
 """
 
 import inspect
@@ -64,7 +65,7 @@ def adversarial_deepfool_loss(
     "adversarial_correct". ValueError unless mixing_weight is within 0..1.
     """
     options = dict(norm=norm, num_steps=num_steps, overshoot=overshoot, num_candidates=num_candidates)
-    _check_share(mixing_weight)
+    _check_share(mixing_weight=mixing_weight)
     clean, metrics = plain_loss(logits_fn, inputs, labels)
     adversarial, more = _loss_at(logits_fn, inputs, deepfool(logits_fn, inputs, labels, **options).perturbation, labels)
     return (1 - mixing_weight) * clean + mixing_weight * adversarial, metrics | more
@@ -75,18 +76,18 @@ def adversarial_fgsm_loss(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    mixing_weight: float = 0.5,
+    fgsm_weight: float = 0.5,
     epsilon: float = 0.1,
 ) -> Losses:
     """Adversarial training with FGSM's examples, Adv. Train II (Goodfellow, Shlens, Szegedy, ICLR 2015, equation 6).
 
-    (1 - mixing_weight) L(x) + mixing_weight L(x + D), D = epsilon * sign(dL / dx), for misclassified examples too.
-    Metrics as in `adversarial_deepfool_loss`. ValueError unless mixing_weight is within 0..1.
+    (1 - fgsm_weight) L(x) + fgsm_weight L(x + D), D = epsilon * sign(dL / dx), for misclassified examples too.
+    Metrics as in `adversarial_deepfool_loss`. ValueError unless fgsm_weight is within 0..1.
     """
-    _check_share(mixing_weight)
+    _check_share(fgsm_weight=fgsm_weight)
     clean, metrics = plain_loss(logits_fn, inputs, labels)
     adversarial, more = _fgsm_loss(logits_fn, inputs, labels, epsilon)
-    return (1 - mixing_weight) * clean + mixing_weight * adversarial, metrics | more
+    return (1 - fgsm_weight) * clean + fgsm_weight * adversarial, metrics | more
 
 
 def deep_defense_fgsm_loss(
@@ -94,19 +95,19 @@ def deep_defense_fgsm_loss(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    mixing_weight: float = 0.5,
+    fgsm_weight: float = 0.5,
     epsilon: float = 0.1,
     **options: Any,
 ) -> Losses:
-    """Deep Defense's loss plus mixing_weight * L(x + D), D being FGSM's perturbation (supplement, section 2).
+    """Deep Defense's loss plus fgsm_weight * L(x + D), D being FGSM's perturbation (supplement, section 2).
 
-    Other options as in `dd_jax.deep_defense_loss`. Metrics: those of both. ValueError for a negative mixing_weight.
+    Other options as in `dd_jax.deep_defense_loss`. Metrics: those of both. ValueError for a negative fgsm_weight.
     """
-    if not mixing_weight >= 0:
-        raise ValueError(f"mixing_weight is {mixing_weight}; it must be 0 or more.")
+    if not fgsm_weight >= 0:
+        raise ValueError(f"fgsm_weight is {fgsm_weight}; it must be 0 or more.")
     defended, metrics = deep_defense_loss(logits_fn, inputs, labels, **options)
     adversarial, more = _fgsm_loss(logits_fn, inputs, labels, epsilon)
-    return defended + mixing_weight * adversarial, metrics | more
+    return defended + fgsm_weight * adversarial, metrics | more
 
 
 def _fgsm_loss(logits_fn: LogitsFn, inputs: Array, labels: Array, epsilon: float) -> Losses:
@@ -119,9 +120,10 @@ def _loss_at(logits_fn: LogitsFn, inputs: Array, perturbation: Array, labels: Ar
     return loss, {f"adversarial_{name}": values for name, values in metrics.items()}
 
 
-def _check_share(mixing_weight: float) -> None:
-    if not 0 <= mixing_weight <= 1:
-        raise ValueError(f"mixing_weight is {mixing_weight}; it must be within 0..1.")
+def _check_share(**weights: float) -> None:
+    for name, value in weights.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be within 0..1.")
 
 
 def parseval_retraction(params: Any, *, beta: float = 1e-4) -> Any:

@@ -1,5 +1,7 @@
 """Whole measurements of runs, their plots, and many runs side by side: the paper's table and its Figures 5 to 8."""
 
+import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dd_jax import baselines, data, evaluation, experiment, measuring, parallel, plots, published, reports, run_log
+from dd_jax import baselines, data, evaluation, experiment, measuring, parallel, plots, reports, run_log
 from dd_jax.attacks.deepfool import deepfool
 from dd_jax.configuration import ConfigurationError, flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
@@ -18,6 +20,7 @@ from dd_jax.tables import FGS_FRACTIONS, PAPERS, Row, fgs_name, has_published, m
 
 SWEPT = {"deep_defense": "correct_scale", "adversarial_fgsm": "epsilon", "deep_defense_fgsm": "epsilon"}
 """What Figure 6 varies, per defense."""
+UNITS = {"contrast_whiten": "of whitened inputs", "torchvision": "of normalised inputs"}
 EXAMPLE_CANDIDATES, EXAMPLE_LABEL = 200, 0  # Figure 7 shows a 0, the first that all nets know, among so many images.
 LEADING = "deep_defense"  # Its epsilon of 50 % is the table's epsilon_ref.
 
@@ -53,9 +56,19 @@ def all_names(run: Experiment) -> tuple[str, ...]:
     return tuple(name for name in evaluation.NAMES if name != "pass" or are_images)
 
 
+def checked_names(run: Experiment, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The measurements asked for, all if None; ConfigurationError for one that the run's inputs do not allow."""
+    allowed = all_names(run)
+    if refused := set(names or ()) - set(allowed):
+        raise ConfigurationError(
+            f"{', '.join(refused)} cannot be measured of {run.workdir}, whose inputs are no images."
+        )
+    return tuple(names or allowed)
+
+
 def measured_report(run: Experiment, *, names: Sequence[str] | None, limit: int | None) -> dict[str, Any]:
     """The report of a run whose two nets are measured now; a shared reference's figures are taken over."""
-    names = tuple(names or all_names(run))
+    names = checked_names(run, names)
     known = _reference_measured_elsewhere(run, names, limit)
     stages = (REFERENCE, DEFENDED) if known is None else (DEFENDED,)
     measured = {} if known is None else {REFERENCE: known}
@@ -65,23 +78,18 @@ def measured_report(run: Experiment, *, names: Sequence[str] | None, limit: int 
     return reports.make_report(run, measured, names=names, limit=limit)
 
 
-def _is_complete(report: dict[str, Any] | None, names: Sequence[str], limit: int | None) -> bool:
-    """Whether a report holds at least these measurements, of the same images."""
-    return report is not None and set(names) <= set(report.get("names", ())) and report.get("limit") == limit
+def _is_complete(report: dict[str, Any] | None, names: Sequence[str]) -> bool:
+    """Whether a report holds at least these measurements."""
+    return report is not None and set(names) <= set(report["names"])
 
 
 def _reference_measured_elsewhere(run: Experiment, names: Sequence[str], limit: int | None) -> dict[str, Any] | None:
     """The reference's figures, where the run that it comes from has measured it in the same way."""
     source = pathlib.Path(run.config.reference.source or "/nonexistent")
-    report = reports.read(source) if source.is_dir() else None
-    if not _is_complete(report, names, limit):
+    report = reports.read(source, limit)
+    if not _is_complete(report, names):
         return None
-    relevant = lambda fields: {
-        name: value
-        for name, value in fields.items()
-        if name.startswith(("data.", "model.", "evaluation.")) and name != "data.dir"
-    }
-    same = relevant(report["config"]) == relevant(flatten(run.config))
+    same = experiment.how_measured(report["config"]) == experiment.how_measured(flatten(run.config))
     return report["measured"][REFERENCE] if same else None
 
 
@@ -111,36 +119,38 @@ def compare(
 ) -> str:
     """Compares runs on the same data and net: the paper's table, and Figures 5 to 8 in `out`. Returns what to print.
 
-    A run without a report of these measurements is measured first. ConfigurationError for directories that are no finished
-    runs, or whose data or nets differ.
+    A run without a report of these measurements is measured first. ConfigurationError, before that, for directories that are no
+    finished runs, or whose data, nets or settings of the measurements differ.
     """
     first = experiment.open_run(workdirs[0], data_dir)
     runs = [first, *(experiment.open_like(first, workdir) for workdir in workdirs[1:])]
-    names = tuple(names or all_names(first))
+    names = checked_names(first, names)
+    for run, stage in itertools.product(runs, (REFERENCE, DEFENDED)):
+        experiment.check_finished(run, stage)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--out {out} cannot be made ({error.strerror}); it must be a directory.") from error
     runs_reports = []
     for run in runs:
-        report = reports.read(run.workdir)
-        if not _is_complete(report, names, limit):
+        report = reports.read(run.workdir, limit)
+        if not _is_complete(report, names):
             if parallel.is_primary():
                 print(f"measuring {run.workdir}", flush=True)
             measure_run(run, names=names, limit=limit)
-            report = reports.read(run.workdir)
+            parallel.wait_for_all(f"measured {run.workdir}")
+            report = reports.read(run.workdir, limit)
         runs_reports.append(report)
     nets = list_nets(runs, runs_reports)
     fgs, reference_text = fgs_accuracies(nets, limit) if "fgs" in names else ([{} for _ in nets], "")
     rows = [
-        Row(
-            net.label,
-            net.measured | more,
-            published.lookup(first.config.data.name, first.config.model.name, net.method),
-        )
+        Row(net.label, net.measured | more, experiment.paper_row(first.config, net.method))
         for net, more in zip(nets, fgs, strict=True)
     ]
     notes = [PAPERS] * has_published(rows) + [reference_text] * bool(reference_text)
-    notes.append(reports.conditions(nets[0].report))
+    notes.append(reports.conditions(*(report for report in runs_reports)))
     if not parallel.is_primary():
         return ""
-    out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text("\n\n".join([markdown_table(rows), *notes]) + "\n")
     (out / "table.txt").write_text("\n".join([text_table(rows), *notes]) + "\n")
     figures = {row.label: dict(row.measured) for row in rows}
@@ -153,11 +163,11 @@ def compare(
 
 def list_nets(runs: Sequence[Experiment], runs_reports: Sequence[dict[str, Any]]) -> list[Net]:
     """The reference (each, where the runs do not share one), then every run's defended net, under distinct labels."""
-    nets: list[Net] = []
+    references: dict[bytes, Net] = {}
     for run, report in zip(runs, runs_reports, strict=True):
-        if not any(_agree(net.measured, report["measured"][REFERENCE]) for net in nets):
-            label = REFERENCE if not nets else f"{REFERENCE} ({run.workdir.name})"
-            nets.append(Net(label, REFERENCE, run, REFERENCE, report))
+        label = REFERENCE if not references else f"{REFERENCE} ({run.workdir.name})"
+        references.setdefault(_fingerprint(run), Net(label, REFERENCE, run, REFERENCE, report))
+    nets = list(references.values())
     methods = [run.config.defense.name for run in runs]
     in_order = sorted(zip(runs, runs_reports, methods, strict=True), key=lambda one: baselines.NAMES.index(one[2]))
     for run, report, method in in_order:
@@ -170,10 +180,12 @@ def list_nets(runs: Sequence[Experiment], runs_reports: Sequence[dict[str, Any]]
     return nets
 
 
-def _agree(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two measurements of the same images are of the same net: all that both have is the same, but for rounding."""
-    shared = [name for name in first.keys() & second.keys() if isinstance(first[name], (int, float))]
-    return all(np.isclose(first[name], second[name], rtol=1e-4) for name in shared if second[name] is not None)
+def _fingerprint(run: Experiment) -> bytes:
+    """Equal for runs with the same reference net, to the last bit."""
+    state, digest = experiment.restore(run, REFERENCE), hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats))):
+        digest.update(leaf.tobytes())
+    return digest.digest()
 
 
 def fgs_accuracies(nets: Sequence[Net], limit: int | None) -> tuple[list[dict[str, float]], str]:
@@ -184,7 +196,10 @@ def fgs_accuracies(nets: Sequence[Net], limit: int | None) -> tuple[list[dict[st
     leading = next((net for net in nets if net.method == LEADING), nets[0])
     epsilon = leading.measured.get("epsilon_half")
     if not epsilon:
-        return [{} for _ in nets], f"no FGS accuracies: {leading.label} does not fall to 50 % within fgs_max_epsilon"
+        is_low = (
+            "is at 50 % or below without an attack" if epsilon == 0 else "does not fall to 50 % within fgs_max_epsilon"
+        )
+        return [{} for _ in nets], f"no FGS accuracies: {leading.label} {is_low}"
     found = []
     for net in nets:
         state = experiment.restore(net.run, net.stage)
@@ -198,19 +213,31 @@ def fgs_accuracies(nets: Sequence[Net], limit: int | None) -> tuple[list[dict[st
 def draw(nets: Sequence[Net], out: pathlib.Path) -> None:
     """Figures 5 to 8, as far as the runs hold what they show."""
     if curves := {net.label: _as_pair(net.measured["fgs_curve"]) for net in nets if "fgs_curve" in net.measured}:
-        plots.success_over_epsilon(out, curves)
-    if "rho_l2" in nets[0].measured:
-        points: dict[str, list] = {}
-        for net in nets:
-            swept = SWEPT.get(net.method) if net.stage == DEFENDED else None
-            value = float(net.run.config.defense[swept]) if swept else None
-            points.setdefault(net.method, []).append((net.measured["accuracy"], net.measured["rho_l2"], value))
+        plots.success_over_epsilon(out, curves, unit=UNITS.get(nets[0].run.preprocessing.name, "pixel range = 1"))
+    if points := strengths(nets):
         plots.robustness_over_accuracy(out, points)
     if histories := {net.label: history for net in nets if net.stage == DEFENDED and (history := epochs(net))}:
         plots.training_over_epochs(out, histories)
     if (found := fooling_examples(nets)) is not None:
         image, examples, label = found
         plots.fooling_examples(out, image, examples, label=label)
+
+
+def strengths(nets: Sequence[Net]) -> dict[str, list[tuple[float, float, float | None]]]:
+    """(accuracy, rho_2, strength) of every method's nets; the strength where it is what differs between them, else None."""
+    points: dict[str, list] = {}
+    for net in nets:
+        if "rho_l2" in net.measured:
+            swept = SWEPT.get(net.method)
+            value = float(net.run.config.defense[swept]) if swept else None
+            name = net.method if net.stage == DEFENDED else net.label
+            points.setdefault(name, []).append((net.measured["accuracy"], net.measured["rho_l2"], value))
+    values = {name: {value for *_, value in rows} for name, rows in points.items()}
+    distinct = {name: len(values[name]) == len(rows) > 1 for name, rows in points.items()}
+    return {
+        name: [(*figures, value if distinct[name] else None) for *figures, value in rows]
+        for name, rows in points.items()
+    }
 
 
 def epochs(net: Net) -> list[tuple[float, float, float]]:
@@ -225,10 +252,15 @@ def fooling_examples(nets: Sequence[Net]) -> tuple[np.ndarray, list[plots.Exampl
     to_images = data.make_to_images(run.preprocessing)
     if to_images is None:
         return None
-    batch = next(iter(run.feed.test_examples().batches(EXAMPLE_CANDIDATES, EXAMPLE_CANDIDATES)))
-    inputs, labels = (batch[name][batch["mask"] > 0] for name in ("image", "label"))
+    batch_size = min(run.config.evaluation.batch_size, EXAMPLE_CANDIDATES)
+    batches = list(run.feed.test_examples().batches(EXAMPLE_CANDIDATES, batch_size))
+    inputs, labels = (
+        np.concatenate([batch[name][batch["mask"] > 0] for batch in batches]) for name in ("image", "label")
+    )
     settings = experiment.evaluation_settings(run.config)
-    options = dict(num_steps=settings.num_steps, overshoot=settings.overshoot, num_candidates=settings.num_candidates)
+    options = {
+        name: getattr(settings, name) for name in ("num_steps", "overshoot", "num_candidates", "classes_at_once")
+    }
 
     @jax.jit
     def attack(variables: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -241,7 +273,9 @@ def fooling_examples(nets: Sequence[Net]) -> tuple[np.ndarray, list[plots.Exampl
     for net in nets:
         state = experiment.restore(net.run, net.stage)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        attacked.append(jax.device_get(attack(variables, inputs)))
+        found = [jax.device_get(attack(variables, batch["image"])) for batch in batches]
+        kept = [[part[batch["mask"] > 0] for part in parts] for parts, batch in zip(found, batches, strict=True)]
+        attacked.append([np.concatenate(parts) for parts in zip(*kept, strict=True)])
     usable = np.all([(before == labels) & (after != labels) for _, before, after in attacked], axis=0)
     if not usable.any():
         return None

@@ -128,8 +128,9 @@ def check(config: ConfigDict) -> None:
             raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
     if fields.get("seed", 0) >= NUM_SEEDS:
         raise ConfigurationError(f"seed is {config.seed}; it must be below {NUM_SEEDS}.")
-    if fields.get("defense.mixing_weight", 0) > 1:
-        raise ConfigurationError(f"defense.mixing_weight is {fields['defense.mixing_weight']}; it must be within 0..1.")
+    for name in ("defense.mixing_weight", "defense.fgsm_weight"):
+        if fields.get(name, 0) > 1:
+            raise ConfigurationError(f"{name} is {fields[name]}; it must be within 0..1.")
     if fields.get("defense.num_candidates") == 1:
         raise ConfigurationError("defense.num_candidates is 1; it must be at least 2, or 0 for all classes.")
 

@@ -4,6 +4,7 @@ This module, `measuring` and `runs` are the only readers of configurations.
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dd_jax import baselines, data, metrics, models, parallel, pretrained, run_log, tensorboard, training
+from dd_jax import baselines, data, metrics, models, parallel, pretrained, published, run_log, tensorboard, training
 from dd_jax.checkpoints import Checkpoints
-from dd_jax.configuration import ConfigurationError, load
+from dd_jax.configuration import NOT_PART_OF_THE_RUN, ConfigurationError, flatten, load
 from dd_jax.data import Preprocessing
 from dd_jax.feeds import InMemory, Streamed
 from dd_jax.initialisation import centred
@@ -21,6 +22,7 @@ from dd_jax.initialisation import centred
 REFERENCE, DEFENDED = "reference", "defended"
 PAPER_PREPROCESSING = {"digits": "none", "mnist": "mean_image", "cifar10": "contrast_whiten"}
 CAFFE_NETS = ("alexnet",)
+NO_MATTER_TO_FIGURES = (*NOT_PART_OF_THE_RUN, "data.flip", "evaluation.batch_size", "evaluation.epoch_examples")
 
 
 class Experiment(NamedTuple):
@@ -62,16 +64,33 @@ def open_run(workdir: pathlib.Path, data_dir: str | None = None) -> Experiment:
 def open_like(experiment: Experiment, workdir: pathlib.Path) -> Experiment:
     """Another run on the same data, which is not loaded again.
 
-    ConfigurationError if its data, net or input space differ.
+    ConfigurationError if its data, net, input space or settings of the measurements differ.
     """
     config = load(workdir)
     config.data.dir = experiment.config.data.dir
-    ours, theirs = ({"data": c.data.to_dict(), "model": c.model.to_dict()} for c in (experiment.config, config))
-    if ours != theirs:
+    ours, theirs = (how_measured(flatten(c)) for c in (experiment.config, config))
+    if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise ConfigurationError(
-            f"{workdir} has other data or another net than {experiment.workdir}; only runs that share both compare."
+            f"{workdir} and {experiment.workdir} differ in {', '.join(different)}; only runs whose data, net and measurements "
+            "are the same compare."
         )
     return experiment._replace(config=config, workdir=workdir)
+
+
+def how_measured(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a flat configuration the fields on which a net's figures depend, its weights apart."""
+    sections = ("data.", "model.", "evaluation.")
+    return {
+        name: value
+        for name, value in fields.items()
+        if (name.startswith(sections) and name not in NO_MATTER_TO_FIGURES) or name == "defense.num_candidates"
+    }
+
+
+def paper_row(config: ConfigDict, method: str) -> published.Figures | None:
+    """The paper's figures for a method, where this configuration measures what the paper does."""
+    space, epsilon = preprocessing_name(config), config.evaluation.pgd_epsilon
+    return published.lookup(config.data.name, config.model.name, method, input_space=space, pgd_epsilon=epsilon)
 
 
 def open_in_memory(config: ConfigDict, preprocessing: Preprocessing | None) -> tuple[InMemory, Preprocessing]:
@@ -207,11 +226,17 @@ def given_reference(experiment: Experiment) -> tuple[Any, Any] | None:
 
 def restore(experiment: Experiment, stage_name: str) -> training.TrainState:
     """The final state of a stage in the run directory; ConfigurationError before the stage is trained and measured."""
+    check_finished(experiment, stage_name)
     stage, workdir = make_stage(experiment, stage_name), experiment.workdir
-    if not any(line["stage"] == stage_name and "measured" in line for line in run_log.read(workdir)):
-        raise ConfigurationError(f"{workdir} has no finished {stage_name} net; let train.py go on to its end.")
     with Checkpoints(workdir / "checkpoints" / stage_name, read_only=True) as saved:
         return saved.restore(jax.eval_shape(lambda: untrained(experiment, stage)))
+
+
+def check_finished(experiment: Experiment, stage_name: str) -> None:
+    """ConfigurationError before the stage of the run directory is trained and measured."""
+    workdir = experiment.workdir
+    if not any(line["stage"] == stage_name and "measured" in line for line in run_log.read(workdir)):
+        raise ConfigurationError(f"{workdir} has no finished {stage_name} net; let train.py go on to its end.")
 
 
 def untrained(experiment: Experiment, stage: Stage) -> training.TrainState:

@@ -53,6 +53,26 @@ TABLE: dict[tuple[str, str], dict[str, Figures]] = {
 }
 
 
-def lookup(data_name: str, model_name: str, method: str) -> Figures | None:
-    """The paper's row for a method on a net and data set; None where the paper has none."""
-    return TABLE.get((data_name, model_name), {}).get(method)
+INPUT_SPACES = {
+    ("mnist", "mlp"): "mean_image",
+    ("mnist", "lenet"): "mean_image",
+    ("cifar10", "convnet"): "contrast_whiten",
+    ("cifar10", "nin"): "contrast_whiten",
+    ("imagenet2012", "alexnet"): "caffe",
+    ("imagenet2012", "resnet18"): "torchvision",
+}
+PGD_EPSILONS = {"mnist": 0.1, "cifar10": 0.01}
+
+
+def lookup(
+    data_name: str, model_name: str, method: str, *, input_space: str, pgd_epsilon: float | None = None
+) -> Figures | None:
+    """The paper's row for a method on a net and data set; None where the paper has none.
+
+    Sizes of perturbations compare within one input space only: None for another one than the paper's, and no accuracy under
+    PGD for another epsilon.
+    """
+    row = TABLE.get((data_name, model_name), {}).get(method)
+    if row is None or input_space != INPUT_SPACES[data_name, model_name]:
+        return None
+    return row if pgd_epsilon == PGD_EPSILONS.get(data_name) else row._replace(accuracy_pgd=None)

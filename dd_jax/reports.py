@@ -1,4 +1,8 @@
-"""The report of a run: what was measured, with what, and the paper's figures beside it."""
+"""The report of a run: what was measured, with what, and the paper's figures beside it.
+
+It is report.json, or report_first_N.json where only the first N test images were measured. A later measurement of the same
+images adds to it.
+"""
 
 import importlib.metadata
 import json
@@ -9,14 +13,12 @@ from typing import Any
 
 import jax
 
-from dd_jax import published
 from dd_jax.configuration import flatten
-from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
+from dd_jax.experiment import DEFENDED, REFERENCE, Experiment, how_measured, paper_row
 from dd_jax.metrics import Summary
 from dd_jax.tables import PAPERS, Row, has_published, text_table
 
 PACKAGES = ("dd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-FILE_NAME = "report.json"
 
 
 def make_report(
@@ -30,9 +32,7 @@ def make_report(
     config = experiment.config
     device = jax.devices()[0]
     published_rows = {
-        name: row._asdict()
-        for name in (REFERENCE, config.defense.name)
-        if (row := published.lookup(config.data.name, config.model.name, name))
+        name: row._asdict() for name in (REFERENCE, config.defense.name) if (row := paper_row(config, name))
     }
     return {
         "data": experiment.feed.description,
@@ -58,21 +58,35 @@ def _version(package: str) -> str:
         return "not installed"  # dd_jax itself, run from a checkout.
 
 
+def file_name(limit: int | None) -> str:
+    """The report's name, by how many of the test images were measured (None: all)."""
+    return "report.json" if limit is None else f"report_first_{limit}.json"
+
+
 def write(report: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
-    """Writes report.json, whole or not at all, and returns its path."""
-    path = workdir / FILE_NAME
+    """Writes the report, whole or not at all, and returns its path; what an earlier one holds beside it is kept."""
+    path = workdir / file_name(report["limit"])
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.write_text(json.dumps(_added_to(read(workdir, report["limit"]), report), indent=2) + "\n")
     partial.replace(path)
     return path
 
 
-def read(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The report of a run directory; None if there is none yet, or it is damaged."""
+def _added_to(before: dict[str, Any] | None, report: dict[str, Any]) -> dict[str, Any]:
+    if before is None or how_measured(before["config"]) != how_measured(report["config"]):
+        return report
+    measured = {stage: before["measured"].get(stage, {}) | new for stage, new in report["measured"].items()}
+    names = list(dict.fromkeys([*before["names"], *report["names"]]))
+    return report | {"measured": measured, "names": names}
+
+
+def read(workdir: pathlib.Path, limit: int | None = None) -> dict[str, Any] | None:
+    """The report of a run directory on the first `limit` test images; None if there is none yet, or it is damaged."""
     try:
-        return json.loads((workdir / FILE_NAME).read_text())
+        report = json.loads((workdir / file_name(limit)).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
+    return report if isinstance(report, dict) and {"measured", "names", "config"} <= report.keys() else None
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
@@ -88,10 +102,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([text_table(both), *notes, conditions(report)])
 
 
-def conditions(report: dict[str, Any]) -> str:
-    """What a report's figures were measured on, in a line."""
-    measured = report["measured"][REFERENCE]
+def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
+    """What the figures of reports (on the same images) were measured on, in a line."""
+    measured, config = report["measured"][REFERENCE], report["config"]
     fewer = measured.get("carlini_wagner_examples", measured["num_examples"])
     few = f" (C&W: the first {fewer})" if fewer < measured["num_examples"] else ""
-    space = f"inputs: {report['input_space']}; seed {report['seed']}"
+    pgd = ""
+    if "accuracy_pgd" in measured:
+        pgd = f"; PGD: linf, epsilon {config['evaluation.pgd_epsilon']}, {config['evaluation.pgd_num_steps']} steps"
+    seeds = sorted({each["seed"] for each in (report, *others)})
+    seed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    space = f"inputs: {report['input_space']}{pgd}; {seed}"
     return f"{measured['num_examples']} test images{few} of {report['data']}; {space}"

@@ -40,7 +40,7 @@ def expand(sweeps: Sequence[str], overrides: Sequence[str], workdir: pathlib.Pat
         pairs = list(zip(fields, values, strict=True))
         name = ",".join(
             value if field == "defense.name" else f"{field.split('.')[-1]}={value}" for field, value in pairs
-        )
+        ).replace("/", "_")  # One directory, also where the values are paths.
         own = [f"--config.{field}={value}" for field, value in pairs]
         own += [f"--config.{SOURCE}={workdir / runs[0].name}"] if shared and runs else []
         runs.append(Run(name, (*overrides, *own)))

@@ -15,7 +15,7 @@ INPUTS = random.normal(size=(7, 6))
 PARAMS = {"w": random.normal(size=(6, 5)), "v": random.normal(size=(5, 4))}
 LABELS = np.argmax(np.tanh(INPUTS @ PARAMS["w"]) @ PARAMS["v"], axis=1).astype(np.int32)
 LABELS[-2:] = (LABELS[-2:] + 1) % 4  # Misclassified.
-MIXED = ("adversarial_deepfool", "adversarial_fgsm")
+MIXED = {"adversarial_deepfool": "mixing_weight", "adversarial_fgsm": "fgsm_weight"}
 
 
 def net(params, inputs):
@@ -48,12 +48,12 @@ def cross_entropy_at(inputs):
     return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(inputs)), LABELS]
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_a_mixing_weight_of_0_is_clean_training_and_of_1_the_adversarial_half(name):
+@pytest.mark.parametrize("name, weight", MIXED.items())
+def test_a_mixing_weight_of_0_is_clean_training_and_of_1_the_adversarial_half(name, weight):
     clean = loss_and_gradient("clean")
-    assert_same(loss_and_gradient(name, mixing_weight=0.0), clean)
-    ends = [loss_and_gradient(name, mixing_weight=weight)[:2] for weight in (0.0, 1.0)]
-    middle = loss_and_gradient(name, mixing_weight=0.25)
+    assert_same(loss_and_gradient(name, **{weight: 0.0}), clean)
+    ends = [loss_and_gradient(name, **{weight: value})[:2] for value in (0.0, 1.0)]
+    middle = loss_and_gradient(name, **{weight: 0.25})
     assert_same(middle, jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *ends))
     assert np.abs(ends[1][0] - ends[0][0]).max() > 0.1
     np.testing.assert_allclose(ends[1][0], middle[2]["adversarial_cross_entropy"])
@@ -68,7 +68,7 @@ def test_the_adversarial_half_is_the_loss_at_the_attacked_inputs():
     np.testing.assert_array_equal(metrics["correct"], [1, 1, 1, 1, 1, 0, 0])
     assert found.success.all() and not metrics["adversarial_correct"].any()
 
-    loss, _, _ = loss_and_gradient("adversarial_fgsm", mixing_weight=1.0, epsilon=0.2)
+    loss, _, _ = loss_and_gradient("adversarial_fgsm", fgsm_weight=1.0, epsilon=0.2)
     slope = jax.grad(lambda x: jnp.sum(-jax.nn.log_softmax(net(PARAMS, x))[jnp.arange(7), LABELS]))(jnp.asarray(INPUTS))
     np.testing.assert_allclose(loss, cross_entropy_at(INPUTS + 0.2 * np.sign(slope)), rtol=1e-12)
     assert (loss > cross_entropy_at(INPUTS)).all()  # Misclassified ones are attacked too.
@@ -85,19 +85,19 @@ def test_gradients_do_not_flow_through_the_adversarial_examples():
     ).perturbation
     at_points = lambda params: -jax.nn.log_softmax(net(params, INPUTS + perturbation))[jnp.arange(7), LABELS].mean()
     wanted = jax.grad(at_points)(jax.tree.map(jnp.asarray, PARAMS))
-    _, gradient, _ = loss_and_gradient("adversarial_fgsm", mixing_weight=1.0, epsilon=0.3)
+    _, gradient, _ = loss_and_gradient("adversarial_fgsm", fgsm_weight=1.0, epsilon=0.3)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), gradient, wanted)
 
 
 def test_the_combination_is_the_sum_of_its_parts():
     options = dict(penalty_weight=3.0, correct_scale=2.0, num_steps=2)
     defended = loss_and_gradient("deep_defense", **options)
-    assert_same(loss_and_gradient("deep_defense_fgsm", mixing_weight=0.0, **options), defended)
-    adversarial = loss_and_gradient("adversarial_fgsm", mixing_weight=1.0, epsilon=0.2)
-    both = loss_and_gradient("deep_defense_fgsm", mixing_weight=0.7, epsilon=0.2, **options)
+    assert_same(loss_and_gradient("deep_defense_fgsm", fgsm_weight=0.0, **options), defended)
+    adversarial = loss_and_gradient("adversarial_fgsm", fgsm_weight=1.0, epsilon=0.2)
+    both = loss_and_gradient("deep_defense_fgsm", fgsm_weight=0.7, epsilon=0.2, **options)
     assert_same(both, jax.tree.map(lambda a, b: a + 0.7 * b, defended[:2], adversarial[:2]))
     assert {"penalty", "margin", "adversarial_correct"} <= both[2].keys()
-    without = loss_and_gradient("deep_defense_fgsm", mixing_weight=0.0, penalty_weight=0.0, num_steps=2)
+    without = loss_and_gradient("deep_defense_fgsm", fgsm_weight=0.0, penalty_weight=0.0, num_steps=2)
     assert_same(without, loss_and_gradient("clean"))
 
 
@@ -126,7 +126,7 @@ def test_retraction_moves_every_singular_value_as_its_equation_says(shape):
 WRONG = {
     "no defense 'nope'; choose one of clean, parseval, .*deep_defense_fgsm": ("nope", {}),
     r"'clean' takes no beta; it takes \[\]": ("clean", dict(beta=0.1)),
-    r"'adversarial_fgsm' takes no norm; it takes \['epsilon', 'mixing_weight'\]": ("adversarial_fgsm", dict(norm="l2")),
+    r"'adversarial_fgsm' takes no norm; it takes \['epsilon', 'fgsm_weight'\]": ("adversarial_fgsm", dict(norm="l2")),
 }
 
 
@@ -137,11 +137,16 @@ def test_unknown_defenses_and_options_are_refused(message):
         baselines.make_defense(name, **options)
 
 
-@pytest.mark.parametrize(
-    "name, weight, allowed",
-    [(MIXED[0], 1.5, "within 0..1"), (MIXED[1], -0.1, "within 0..1"), ("deep_defense_fgsm", -1.0, "0 or more")],
-)
-def test_mixing_weights_out_of_range_are_refused(name, weight, allowed):
-    with pytest.raises(ValueError, match=f"mixing_weight is {weight}; it must be {allowed}"):
-        loss_and_gradient(name, mixing_weight=weight)
+OUT_OF_RANGE = {
+    "adversarial_deepfool": ("mixing_weight", 1.5, "within 0..1"),
+    "adversarial_fgsm": ("fgsm_weight", -0.1, "within 0..1"),
+    "deep_defense_fgsm": ("fgsm_weight", -1.0, "0 or more"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_mixing_weights_out_of_range_are_refused(name):
+    weight, value, allowed = OUT_OF_RANGE[name]
+    with pytest.raises(ValueError, match=f"{weight} is {value}; it must be {allowed}"):
+        loss_and_gradient(name, **{weight: value})
     assert "penalty_weight" in baselines.option_names("deep_defense_fgsm")

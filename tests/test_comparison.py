@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,14 +121,43 @@ def test_curves_over_epochs_are_the_log_s(swept, compared):
     ]
 
 
-def test_a_reference_counts_once_whatever_was_measured_of_it(swept, compared):
+def test_a_reference_counts_once_and_nets_are_told_apart_by_their_weights(swept, compared, monkeypatch):
     parts = [experiment.open_run(workdir) for workdir in swept]
-    first, second = (reports.read(workdir) for workdir in swept)
-    few = {name: first["measured"]["reference"][name] for name in ("num_examples", "accuracy", "rho_l2")}
-    as_if = lambda **changes: second | {"measured": second["measured"] | {"reference": few | changes}}
-    assert len(comparison.list_nets(parts, [first, as_if()])) == 3
-    nets = comparison.list_nets(parts, [first, as_if(rho_l2=0.9 * few["rho_l2"])])
+    both = [reports.read(workdir) for workdir in swept]
+    assert [net.label for net in comparison.list_nets(parts, both)] == ["reference", "clean", "deep_defense"]
+    restore = experiment.restore
+
+    def other_weights(run, stage):
+        state, changed = restore(run, stage), run.workdir.name == "clean"
+        return state._replace(params=jax.tree.map(lambda leaf: leaf + 1e-7 * changed, state.params))
+
+    monkeypatch.setattr(experiment, "restore", other_weights)
+    nets = comparison.list_nets(parts, both)
     assert [net.label for net in nets] == ["reference", "reference (clean)", "clean", "deep_defense"]
+
+
+def test_strengths_are_noted_where_they_differ(swept, compared):
+    parts, report = experiment.open_run(swept[0]), reports.read(swept[0])
+    config = parts.config.copy_and_resolve_references()
+    config.defense.correct_scale = 33.0
+    net = comparison.Net("deep_defense", "deep_defense", parts, "defended", report)
+    stronger = net._replace(label="other", run=parts._replace(config=config))
+    of = lambda *nets: [value for *_, value in comparison.strengths(nets)["deep_defense"]]
+    assert of(net) == [None] and of(net, net) == [None, None] and of(net, stronger) == [10.0, 33.0]
+    without = report | {"measured": {"reference": {"accuracy": 1.0}, "defended": {"accuracy": 1.0}}}
+    assert comparison.strengths([net._replace(report=without)]) == {}
+
+
+def test_half_of_the_images_wrong_without_an_attack_is_said(swept, compared):
+    parts, report = experiment.open_run(swept[0]), reports.read(swept[0])
+    at = lambda epsilon: report | {"measured": {"defended": {"epsilon_half": epsilon}}}
+    said = [
+        comparison.fgs_accuracies(
+            [comparison.Net("deep_defense", "deep_defense", parts, "defended", at(epsilon))], limit=None
+        )[1]
+        for epsilon in (0.0, None)
+    ]
+    assert "is at 50 % or below without an attack" in said[0] and "does not fall to 50 %" in said[1]
 
 
 def test_a_subset_is_enough_for_what_it_shows(swept, compared, tmp_path):
@@ -146,8 +176,24 @@ def test_runs_of_other_nets_or_data_are_refused(swept, compared, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["data"]["test_limit"] = 39
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigurationError, match=r"other has other data or another net than .*deep_defense; only runs"):
+    config["evaluation"]["pgd_epsilon"] = 0.25
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"differ in data.test_limit, evaluation.pgd_epsilon; only runs whose"):
         comparison.compare([swept[0], other], tmp_path / "out")
     with pytest.raises(ConfigurationError, match="is not a run directory"):
         comparison.compare([swept[0], tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_measured(swept, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "measure", None)
+    with pytest.raises(ConfigurationError, match=r"--out .*file cannot be made .*; it must be a directory"):
+        (tmp_path / "file").write_text("")
+        comparison.compare(swept, tmp_path / "file", limit=20)
+    unfinished = shutil.copytree(swept[1], tmp_path / "unfinished")
+    (unfinished / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigurationError, match="unfinished has no finished reference net"):
+        comparison.compare([swept[0], unfinished], tmp_path / "out", limit=20)
+    monkeypatch.setattr(comparison, "all_names", lambda run: ("deepfool",))
+    with pytest.raises(ConfigurationError, match="pass cannot be measured of .*, whose inputs are no images"):
+        comparison.compare(swept, tmp_path / "out", names=("deepfool", "pass"))

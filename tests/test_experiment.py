@@ -381,15 +381,28 @@ def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
     assert defended.defense.loss_fn.func.__name__ == "deep_defense_loss"
     section, keywords = dict(parts.config.defense), defended.defense.loss_fn.keywords
     assert keywords == {name: section[name] for name in keywords} | {"num_candidates": None, "classes_at_once": None}
-    assert keywords.keys() == section.keys() - {"name", "mixing_weight", "epsilon", "beta"}
+    assert keywords.keys() == section.keys() - {"name", "mixing_weight", "fgsm_weight", "epsilon", "beta"}
 
 
 @pytest.mark.parametrize("name", baselines.NAMES)
 def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
-    overrides = ("defense.epsilon=0.3", "defense.mixing_weight=0.25", "defense.beta=0.125", "defense.num_candidates=3")
+    overrides = (
+        "defense.epsilon=0.3",
+        "defense.mixing_weight=0.25",
+        "defense.fgsm_weight=0.75",
+        "defense.beta=0.125",
+        "defense.num_candidates=3",
+    )
     defense = experiment.make_stage(built(tmp_path, f"defense.name={name}", *overrides), DEFENDED).defense
     keywords = getattr(defense.loss_fn, "keywords", {}) | getattr(defense.retract, "keywords", {})
-    wanted = {"epsilon": 0.3, "mixing_weight": 0.25, "beta": 0.125, "num_candidates": 3, "num_steps": 2}
+    wanted = {
+        "epsilon": 0.3,
+        "mixing_weight": 0.25,
+        "fgsm_weight": 0.75,
+        "beta": 0.125,
+        "num_candidates": 3,
+        "num_steps": 2,
+    }
     known = baselines.option_names(name)
     assert {k: v for k, v in keywords.items() if k in wanted} == {k: v for k, v in wanted.items() if k in known}
 

@@ -39,6 +39,10 @@ def on(parts, **names):
     return parts._replace(config=config)
 
 
+def looked_up(data, model, method, **options):
+    return published.lookup(data, model, method, **{"input_space": published.INPUT_SPACES[data, model], **options})
+
+
 def test_a_report_says_what_was_measured_and_with_what(parts):
     report = reports.make_report(parts, MEASURED)
     assert report["measured"] == MEASURED and report["published"] == {}
@@ -59,8 +63,67 @@ def test_the_papers_figures_stand_beside(parts):
     assert set(report["published"]) == {"reference", "deep_defense"}
     clean = reports.make_report(on(parts, data="mnist", model="lenet", defense="clean"), MEASURED)
     assert set(clean["published"]) == {"reference"}
-    assert published.lookup("mnist", "nin", "reference") is None
-    assert published.lookup("cifar10", "nin", "deep_defense").rho_linf_fgs == 2.15e-2
+    assert published.lookup("mnist", "nin", "reference", input_space="none") is None
+    assert looked_up("cifar10", "nin", "deep_defense").rho_linf_fgs == 2.15e-2
+
+
+def test_the_papers_figures_stand_only_beside_what_compares_with_them(parts):
+    """Sizes in another input space, or PGD of another epsilon, do not."""
+    config = on(parts, data="mnist", model="lenet").config
+    assert experiment.paper_row(config, "deep_defense").accuracy_pgd == 0.6454
+    config.evaluation.pgd_epsilon = 0.2
+    assert experiment.paper_row(config, "deep_defense").accuracy_pgd is None
+    config.data.preprocessing = "none"
+    assert experiment.paper_row(config, "deep_defense") is None
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("[!_d]*.py")])
+def test_configurations_measure_what_the_paper_measures(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    config = configuration.read(str(ROOT / "configs" / f"{name}.py"))
+    row = experiment.paper_row(config, "deep_defense")
+    assert row == published.TABLE[config.data.name, config.model.name]["deep_defense"]
+
+
+def test_the_published_table_is_the_papers():
+    """Every digit, written down a second time: accuracies in percent, as printed."""
+    for nets, lines in PAPERS_TABLE.items():
+        methods = published.TABLE[nets]
+        for (method, row), line in zip(methods.items(), lines, strict=True):
+            figures = [None if text == "-" else float(text) for text in line.split()]
+            if figures[3] is not None:
+                figures[3] = round(figures[3] / 100, 6)
+            assert list(row) == figures, (nets, method)
+
+
+PAPERS_TABLE = {
+    ("mnist", "mlp"): (
+        ".81 .0540 .84 1.19 .8534",
+        ".80 .0578 .83 1.18 .8542",
+        "1.17 .0946 1.17 4.11 .8280",
+        "1.64 .153 1.58 33.18 .8181",
+    ),
+    ("mnist", "lenet"): (
+        "1.48 .129 1.40 26.17 .9074",
+        "1.50 .150 1.58 23.06 .8981",
+        "1.90 .205 1.71 50.67 .8810",
+        "2.05 .236 1.84 64.54 .8760",
+    ),
+    ("cifar10", "convnet"): (
+        ".18 .00527 .29 21.34 -",
+        ".24 .00802 .33 27.91 -",
+        ".21 .00637 .31 27.08 -",
+        ".36 .0158 .47 45.05 -",
+    ),
+    ("cifar10", "nin"): (
+        ".30 .0105 .41 34.41 -",
+        ".31 .0107 .41 36.59 -",
+        ".37 .0176 .48 45.51 -",
+        ".40 .0215 .50 51.07 -",
+    ),
+    ("imagenet2012", "alexnet"): (".29 .000546 - - -", ".45 .00087 - - -"),
+    ("imagenet2012", "resnet18"): (".69 .000696 - - -", "1.03 .00108 - - -"),
+}
 
 
 def test_the_papers_defense_is_better_than_its_reference_everywhere():
@@ -74,7 +137,8 @@ def test_the_papers_defense_is_better_than_its_reference_everywhere():
 
 
 def test_the_table_has_both_rows_and_the_papers_figures_in_brackets(parts):
-    lines = reports.table(reports.make_report(on(parts, data="mnist"), MEASURED)).splitlines()
+    mnist = on(parts, data="mnist")
+    lines = reports.table(reports.make_report(mnist, MEASURED)).splitlines()
     assert lines[0].split() == ["accuracy", "rho_2", "l_2", "DeepFool", "success"]
     assert lines[1].split() == ["reference", "98.31%", "0.1532", "1.088", "(0.810)", "87.50%"]
     assert lines[2].split() == ["deep_defense", "99.12%", "0.3457", "2.346", "(1.640)", "100.00%"]
@@ -93,10 +157,33 @@ def test_fewer_images_for_the_slow_attack_are_said(parts):
 
 def test_a_report_is_read_back_and_what_is_none_is_none(parts, tmp_path):
     assert reports.read(tmp_path) is None and reports.read(tmp_path / "nowhere") is None
-    reports.write(report := reports.make_report(parts, MEASURED, names=("deepfool", "pgd"), limit=7), tmp_path)
-    assert reports.read(tmp_path) == report and (report["names"], report["limit"]) == (["deepfool", "pgd"], 7)
-    (tmp_path / "report.json").write_text("{")
-    assert reports.read(tmp_path) is None
+    reports.write(report := reports.make_report(parts, MEASURED, names=("deepfool", "pgd")), tmp_path)
+    assert reports.read(tmp_path) == report and (report["names"], report["limit"]) == (["deepfool", "pgd"], None)
+    for damaged in ("{", "[]", '{"names": []}'):
+        (tmp_path / "report.json").write_text(damaged)
+        assert reports.read(tmp_path) is None
+
+
+def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stands_apart(parts, tmp_path):
+    reports.write(reports.make_report(parts, MEASURED, names=("deepfool",)), tmp_path)
+    more = {stage: {"num_examples": 50, "accuracy": 0.5, "accuracy_pgd": 0.25} for stage in MEASURED}
+    reports.write(reports.make_report(parts, more, names=("pgd",)), tmp_path)
+    fewer = reports.make_report(parts, more, names=("pgd",), limit=7)
+    path = reports.write(fewer, tmp_path)
+    assert path.name == "report_first_7.json" and reports.read(tmp_path, 7) == fewer
+    both = reports.read(tmp_path)
+    assert both["measured"]["defended"] == AFTER | {"accuracy": 0.5, "accuracy_pgd": 0.25}
+    assert both["names"] == ["deepfool", "pgd"] and both["limit"] is None
+    config = parts.config.copy_and_resolve_references()
+    config.evaluation.num_steps = 3  # Measured otherwise: nothing is kept.
+    reports.write(reports.make_report(parts._replace(config=config), more, names=("pgd",)), tmp_path)
+    assert reports.read(tmp_path)["measured"] == more
+
+
+def test_seeds_and_pgd_s_epsilon_are_said(parts):
+    measured = {stage: row | {"accuracy_pgd": 0.5} for stage, row in MEASURED.items()}
+    first = reports.make_report(parts, measured)
+    assert reports.conditions(first, first | {"seed": 3}).endswith("; PGD: linf, epsilon 0.1, 40 steps; seeds 3, 17")
 
 
 def test_a_report_is_written_whole_and_replaces_the_old_one(parts, tmp_path):
