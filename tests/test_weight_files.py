@@ -198,6 +198,89 @@ def test_tensors_stay_within_their_storage_and_storages_within_the_file(tmp_path
         torch_zip.read(write_archive(path, {"code.py": b""}))
 
 
+def test_tensors_have_no_more_numbers_than_their_storage_but_may_share_it(tmp_path):
+    path, numbers = tmp_path / "net.pth", np.arange(2000, dtype=np.float32)
+    shared = Storage("0", numbers)
+    views = {"a": ((40, 50), (50, 1)), "b": ((50, 40), (1, 50)), "c": ((3, 100), (0, 1)), "none": ((0, 5), (5, 1))}
+    arrays = torch_zip.read(write_pth(path, {name: Tensor(shared, 0, *view) for name, view in views.items()}))
+    np.testing.assert_array_equal(arrays["b"], arrays["a"].T)
+    np.testing.assert_array_equal(arrays["c"], np.broadcast_to(numbers[:100], (3, 100)))  # as Tensor.expand makes it
+    assert arrays["none"].shape == (0, 5)
+    for shape, strides, words in (
+        ((10**6, 10**6), (0, 0), "claims 1000000000000 numbers of a storage of 2000"),
+        ((2001, 1), (0, 1), "claims 2001 numbers"),
+        ((2000, 2), (1, 0), "claims 4000 numbers"),
+        ((1,) * 9, (1,) * 9, "at most 8 axes"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            torch_zip.read(write_pth(path, {"x": Tensor(shared, 0, shape, strides)}))
+    # An empty array may have any number of rows, and does not tell how many classes there are.
+    with pytest.raises(WeightsError, match=r"fc2.weight \(576460752303423488, 0\) instead of \(10, 500\)"):
+        layouts.variables_from_torch("lenet", LENET | {"fc2.weight": np.zeros((2**59, 0), np.int8)})
+
+
+def nested_tuple(levels):
+    """The program for a tuple of two that are each the same tuple of two ...: 2^levels to hash or to write out."""
+    return b")q\x00" + b"h\x00\x86q\x00" * levels
+
+
+def test_shared_tuples_are_neither_hashed_nor_written_out(tmp_path):
+    nested = nested_tuple(60)
+    path, ordered = tmp_path / "net.pth", b"ccollections\nOrderedDict\n"
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    for program, words in (
+        (b"}" + nested + b"K\x01s.", "a key of type tuple"),
+        (b"}(" + nested + b"K\x01u.", "a key of type tuple"),
+        (ordered + b"](" + nested + b"K\x01\x86e\x85R.", "a key of type tuple"),
+        (ordered + b"]" + nested + b"aK\x01K\x02\x86a\x85R.", "a key of type tuple|not made of pairs"),
+        (b"}\x8a\x09" + b"\xff" * 8 + b"\x00K\x01s.", "a key of type int"),  # 2^64 - 1: its hash is that of 7
+        (b"(" + nested + b"NNNNtQ.", "it refers to tuple"),
+        (storage + nested + b"tQ.", "it refers to storage"),
+        (b"}(" + b"".join(b"J" + bytes([i, 0, 0, 1]) + b")" for i in range(99)) + b"u.", "and 94 more among"),
+        (nested + b".", "holds no state dict"),
+    ):
+        write_archive(path, {"data.pkl": b"\x80\x02" + program, "data/0": b"1234"})
+        with pytest.raises(WeightsError, match=words) as caught:
+            torch_zip.read(path)
+        assert len(str(caught.value)) < 600
+    for key in ("x" * 10**5, 12):
+        with pytest.raises(WeightsError, match="among its tensors") as caught:
+            torch_zip.read(write_pth(path, {key: (1, 2)}))
+        assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x96" + (3 * 10**9).to_bytes(8, "little"),  # BYTEARRAY8 of 3 GB, which Python's own reserves before it reads
+        b"\x8e" + b"\xff" * 7 + b"\x7f",  # BINBYTES8
+        b"\x8d" + b"\xff" * 7 + b"\x7f",  # BINUNICODE8
+        b"\x95" + b"\xff" * 7 + b"\x7f",  # FRAME
+        b"\x97",  # NEXT_BUFFER
+        b"N\x98",  # READONLY_BUFFER
+        b"(ios\nsystem\n",  # INST
+        b"(cos\nsystem\no",  # OBJ
+        b")\x81",  # NEWOBJ
+        b"\x8f(\x90",  # a set
+        b"]2",  # DUP
+    ],
+)
+def test_instructions_that_torch_save_does_not_write_are_refused(tmp_path, program):
+    path = write_archive(tmp_path / "net.pth", {"data.pkl": b"\x80\x05" + program + b"."})
+    with pytest.raises(WeightsError, match="has the instruction 0x..|asks for os.system"):
+        torch_zip.read(path)
+
+
+def test_entries_of_an_archive_come_to_no_more_than_the_file(tmp_path):
+    path = write_pth(tmp_path / "net.pth", LENET)
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\1\2")
+    content[directory + 24 : directory + 28] = (2**31).to_bytes(4, "little")  # the size of data.pkl
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="together larger than the file"):
+        torch_zip.read(path)
+
+
 def test_what_is_no_tensor_is_named(tmp_path):
     path = write_pth(tmp_path / "net.pth", {"conv1.weight": np.ones(3, np.float32), "epoch": 3, "best": "yes"})
     with pytest.raises(WeightsError, match="net.pth has best, epoch among its tensors"):
@@ -331,6 +414,43 @@ def test_caffes_oldest_format_and_wrong_sizes_are_refused(tmp_path, caffe_net):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match="net.caffemodel cannot be read"):
             caffe.read(path)
+
+
+def varint(number):
+    low = bytes([number & 127 | (128 if number > 127 else 0)])
+    return low + varint(number >> 7) if number > 127 else low
+
+
+def message_field(number, content):
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+@pytest.mark.parametrize(
+    ("blob", "words"),
+    [
+        (message_field(7, message_field(1, varint(2**63 + 1) * 10**4)), "more than 8 axes"),
+        (message_field(7, message_field(1, b"\x01" * 100)), "more than 8 axes"),
+        (message_field(7, message_field(1, b"\x01")) * 9, r"1 numbers.*\(1, 1, 1, 1, 1, 1, 1, 1, 1\)"),
+        (
+            message_field(7, message_field(1, varint(0) + varint(2**62) * 2)),
+            r"1 numbers.*shape \(0, 4611686018427387904",
+        ),
+        (message_field(1, b"abc"), "bytes where an integer should be"),
+        (varint(1 << 3) + varint(2**69), "1 numbers"),
+    ],
+)
+def test_caffes_shapes_are_checked_before_they_are_multiplied(tmp_path, blob, words):
+    path, layer = tmp_path / "net.caffemodel", message_field(1, b"conv1")
+    path.write_bytes(message_field(100, layer + message_field(7, message_field(5, bytes(4)) + blob)))
+    with pytest.raises(WeightsError, match=f"net.caffemodel cannot be read.*{words}"):
+        caffe.read(path)
+
+
+def test_whatever_else_fails_in_a_caffemodel_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "net.caffemodel").write_bytes(b"")
+    monkeypatch.setattr(caffe, "_weights", lambda net: [1])
+    with pytest.raises(WeightsError, match="net.caffemodel is damaged, or no .caffemodel .TypeError"):
+        caffe.read(tmp_path / "net.caffemodel")
 
 
 # MatConvNet

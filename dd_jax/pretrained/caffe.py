@@ -4,6 +4,7 @@ NetParameter { layers = 2: V1LayerParameter { name = 4, blobs = 6 }, layer = 100
 BlobProto    { num = 1, channels = 2, height = 3, width = 4, data = 5, shape = 7: { dim = 1 }, double_data = 8 }
 """
 
+import itertools
 import math
 import os
 import pathlib
@@ -20,6 +21,7 @@ _V0_LAYER = 1  # of V1LayerParameter, where layers of Caffe before 2014 have eve
 _LEGACY_SHAPE = (1, 2, 3, 4)
 _DATA = {5: np.dtype("<f4"), 8: np.dtype("<f8")}
 _ENTRIES = ("weight", "bias")
+_MOST_AXES = 8
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -31,6 +33,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return dict(_weights(memoryview(pathlib.Path(path).read_bytes())))
     except WeightsError as error:
         raise WeightsError(f"{os.fspath(path)} cannot be read as a .caffemodel: {error}") from error
+    except Exception as error:  # A damaged file can fail in any way.
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise WeightsError(f"{os.fspath(path)} is damaged, or no .caffemodel ({reason}); fetch it anew.") from error
 
 
 def _weights(net: memoryview) -> Iterator[tuple[str, np.ndarray]]:
@@ -56,9 +61,9 @@ def _array(blob: int | memoryview, entry: str) -> np.ndarray:
     shape, legacy, parts = [], {}, {field: [] for field in _DATA}
     for field, value in _fields(_message(blob)):
         if field == 7:
-            shape += [dim for key, dims in _fields(_message(value)) if key == 1 for dim in _integers(dims)]
+            shape += _dimensions(_message(value), entry)
         elif field in _LEGACY_SHAPE:
-            legacy[field] = value
+            legacy[field] = _integer(value)
         elif field in _DATA:
             parts[field].append(_message(value))
     field = 5 if parts[5] else 8
@@ -66,10 +71,19 @@ def _array(blob: int | memoryview, entry: str) -> np.ndarray:
     sizes = (
         tuple(shape) if shape or not legacy else _without_leading_ones(tuple(legacy.get(i, 0) for i in _LEGACY_SHAPE))
     )
-    if len(data) != math.prod(sizes) * _DATA[field].itemsize:
-        count = len(data) / _DATA[field].itemsize
+    count = len(data) / _DATA[field].itemsize
+    # Their product is not worked out before they are known to be few and small: 100,000 large ones take minutes.
+    if len(sizes) > _MOST_AXES or any(size > count for size in sizes) or math.prod(sizes) != count:
         raise WeightsError(f"{entry} has {count:g} numbers, which do not make an array of shape {sizes}.")
     return np.frombuffer(data, _DATA[field]).reshape(sizes)
+
+
+def _dimensions(message: memoryview, entry: str) -> list[int]:
+    dims = (dim for key, dims in _fields(message) if key == 1 for dim in _integers(dims))
+    first = list(itertools.islice(dims, _MOST_AXES + 1))
+    if len(first) > _MOST_AXES:
+        raise WeightsError(f"{entry} has more than {_MOST_AXES} axes; fetch it anew.")
+    return first
 
 
 def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,6 +138,12 @@ def _integers(value: int | memoryview) -> Iterator[int]:
     while position < len(value):
         number, position = _varint(value, position)
         yield number
+
+
+def _integer(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise WeightsError("it is damaged (bytes where an integer should be); fetch it anew.")
+    return value
 
 
 def _message(value: int | memoryview) -> memoryview:

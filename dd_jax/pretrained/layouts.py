@@ -13,6 +13,7 @@ What shapes do not tell is the order in which a linear layer reads maps: PyTorch
 channels last. Such layers are listed in `_TORCH_NETS`, which has one entry per net, with the names that differ.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -79,16 +80,29 @@ def variables_from_torch(name: str, state_dict: Mapping[str, ArrayLike]) -> dict
 
     Raises WeightsError for another name, and one that lists all entries that are missing, unknown or of another shape.
     """
+    arrays = {entry: np.asarray(value) for entry, value in state_dict.items() if not entry.endswith(_NO_WEIGHT)}
+    entries = check_shapes(name, {entry: array.shape for entry, array in arrays.items()})
+    flattened = _TORCH_NETS[name].flattened
+    flat = {
+        path: _flax_array(arrays[entry].reshape(shape), flattened.get(path[-2]))
+        for path, (entry, shape) in entries.items()
+    }
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def check_shapes(name: str, given: Mapping[str, Shape]) -> dict[Path, tuple[str, Shape]]:
+    """What `variables_from_torch` raises, from the shapes of arrays under PyTorch's names alone, before any is read.
+
+    Returns, for the path of each of the net's variables, PyTorch's name for it and the shape to bring the array of that name to.
+    """
     if name not in _TORCH_NETS:
         raise WeightsError(f"There is no PyTorch layout for {name!r}; there is one for {', '.join(_TORCH_NETS)}.")
-    arrays = {entry: np.asarray(value) for entry, value in state_dict.items() if not entry.endswith(_NO_WEIGHT)}
-    net, expected = _TORCH_NETS[name], _expected_shapes(name, _num_classes(name, arrays))
-    entries = {path: _entry(name, path) for path in expected}
-    shapes = {entry: _torch_shape(expected[path]) for path, entry in entries.items()}
-    arrays = {entry: _as_linear(array, shapes.get(entry, ())) for entry, array in arrays.items()}
-    _check_entries(name, {entry: array.shape for entry, array in arrays.items()}, shapes)
-    flat = {path: _flax_array(arrays[entry], net.flattened.get(path[-2])) for path, entry in entries.items()}
-    return flax.traverse_util.unflatten_dict(flat)
+    given = {entry: shape for entry, shape in given.items() if not entry.endswith(_NO_WEIGHT)}
+    expected = _expected_shapes(name, _num_classes(name, given))
+    entries = {path: (_entry(name, path), _torch_shape(shape)) for path, shape in expected.items()}
+    shapes = dict(entries.values())
+    _check_entries(name, {entry: _as_linear(shape, shapes.get(entry, ())) for entry, shape in given.items()}, shapes)
+    return entries
 
 
 def layer_names(name: str) -> list[str]:
@@ -102,11 +116,11 @@ def _entry(name: str, path: Path) -> str:
     return ".".join((*(renamed.get(part, part) for part in path[1:-1]), _TORCH_LEAF[path[-1]]))
 
 
-def _num_classes(name: str, arrays: Mapping[str, np.ndarray]) -> int | None:
+def _num_classes(name: str, given: Mapping[str, Shape]) -> int | None:
     """The number of outputs of the last layer; None, the net's own number, where that is missing or no classifier's."""
     head = _entry(name, ("params", _TORCH_NETS[name].head, "kernel"))
-    shape = arrays[head].shape if head in arrays else ()
-    return shape[0] if shape and shape[0] >= 2 else None
+    shape = given.get(head, ())
+    return shape[0] if shape and shape[0] >= 2 and 0 not in shape else None  # An empty array may claim any number.
 
 
 def _expected_shapes(name: str, num_classes: int | None) -> dict[Path, Shape]:
@@ -127,11 +141,11 @@ def _torch_shape(shape: Shape) -> Shape:
     return (shape[-1], shape[-2], *shape[:-2]) if len(shape) > 1 else shape
 
 
-def _as_linear(array: np.ndarray, expected: Shape) -> np.ndarray:
-    """The weights of a convolution over whole maps as those of the linear layer that is expected; others as they are."""
-    if array.ndim == 4 and len(expected) == 2 and array.shape[0] == expected[0] and array.size == np.prod(expected):
-        return array.reshape(expected)
-    return array
+def _as_linear(shape: Shape, expected: Shape) -> Shape:
+    """The shape of a convolution over whole maps as that of the linear layer that is expected; others as they are."""
+    if len(shape) == 4 and len(expected) == 2 and shape[0] == expected[0] and math.prod(shape) == math.prod(expected):
+        return expected
+    return shape
 
 
 def _flax_array(array: np.ndarray, flattened: tuple[int, int, int] | None) -> np.ndarray:
