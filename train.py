@@ -9,6 +9,7 @@ a run for every value, in directories within it, from one reference net; evaluat
 
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 
 from dd_jax import command_line, configuration, experiment, parallel, reports, runs, sweeps, xla_settings
 
@@ -30,7 +31,7 @@ def main() -> None:
         return
     chosen = sweeps.expand(arguments.sweep, overrides, workdir)
     for run in chosen:  # All are checked before the first begins.
-        configuration.check_directory(read(arguments, run.overrides), workdir / run.name)
+        command_line.prepared_by_all(partial(checked, arguments, run.overrides, workdir / run.name))
     for number, run in enumerate(chosen, 1):
         command_line.say(f"run {number} of {len(chosen)}: {run.name}")
         train(arguments, run.overrides, workdir / run.name)
@@ -44,12 +45,21 @@ def read(arguments, overrides: Sequence[str]):
     return config
 
 
-def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
+def checked(arguments, overrides: Sequence[str], workdir: pathlib.Path):
     config = read(arguments, overrides)
     configuration.check_directory(config, workdir)
-    parts = experiment.build(config, workdir)
+    return config
+
+
+def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> experiment.Experiment:
+    parts = experiment.build(checked(arguments, overrides, workdir), workdir)
     experiment.given_reference(parts)
-    parallel.wait_for_all("checked")
+    return parts
+
+
+def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
+    parts = command_line.prepared_by_all(partial(prepared, arguments, overrides, workdir))
+    config = parts.config
     if parallel.is_primary():
         configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
     parallel.wait_for_all("claimed")

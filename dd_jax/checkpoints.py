@@ -7,6 +7,7 @@ memory (on the CPU), JAX sees that it is in use and lets the step write elsewher
 
 import logging
 import pathlib
+import sys
 from typing import TypeVar
 
 import jax
@@ -15,10 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from dd_jax import parallel
+
 State = TypeVar("State")
 NUM_KEPT = 2  # The latest, and the one before it in case the disk fills up while the latest is being written.
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
+
+
+class DamagedCheckpointError(ValueError):
+    """There are checkpoints, and none of them can be read."""
 
 
 class Checkpoints:
@@ -32,6 +39,7 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=True,
         )
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(path, options=options)
 
     def latest(self) -> int | None:
@@ -44,16 +52,63 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: State) -> State:
-        """The latest state. `like` gives the tree, shapes and types. FileNotFoundError if there is none.
+        """The latest state. `like` gives the tree, shapes and types.
 
         It is read as NumPy arrays, since the devices that it was saved from need not be here, and handed over as if it
         had just been made: what is compiled for it is what was compiled before the interruption.
+
+        Where the latest is damaged, stderr says so, and it is the one before. What was damaged is moved into the folder
+        DIRECTORY_damaged beside this one, since its step will be saved again. Not so where nothing may be written: who
+        reads only wants the latest.
+
+        Raises:
+          FileNotFoundError: there is none.
+          DamagedCheckpointError: none can be read; with `read_only`, the latest cannot.
         """
-        step = self.latest()
-        if step is None:
-            raise FileNotFoundError(f"There is no checkpoint in {self._manager.directory}.")
+        directory = pathlib.Path(self._manager.directory)
         arrays = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        return jax.tree.map(jnp.asarray, self._manager.restore(step, args=ocp.args.StandardRestore(arrays)))
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, damaged[step] = self._read(step, arrays)
+            if state is not None:
+                del damaged[step]
+                self._set_aside(directory, damaged)
+                return jax.tree.map(jnp.asarray, state)
+            if self._read_only:
+                raise DamagedCheckpointError(
+                    f"The checkpoint {directory / str(step)} is damaged ({damaged[step]}): let train.py go on in its run "
+                    "directory, which makes it again."
+                )
+        if not damaged:
+            raise FileNotFoundError(f"There is no checkpoint in {directory}.")
+        step, reason = next(iter(damaged.items()))
+        raise DamagedCheckpointError(
+            f"None of the checkpoints in {directory} can be read (step {step}: {reason}): remove that folder, and train.py "
+            "trains this stage from its beginning."
+        )
+
+    def _read(self, step: int, arrays: State) -> tuple[State | None, str]:
+        """A state, None where it is damaged for any process, and what this one says of it."""
+        state, reason = None, "another process cannot read it"
+        try:
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(arrays))
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise what they come upon first.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return (None if parallel.any_of_us(state is None) else state), reason
+
+    def _set_aside(self, directory: pathlib.Path, damaged: dict[int, str]) -> None:
+        if not damaged:
+            return
+        if parallel.is_primary():
+            aside = directory.with_name(f"{directory.name}_damaged")
+            aside.mkdir(exist_ok=True)
+            for step, reason in damaged.items():
+                print(f"The checkpoint {directory / str(step)} is damaged ({reason}); now in {aside}.", file=sys.stderr)
+                (directory / str(step)).rename(_unused(aside / str(step)))
+        parallel.wait_for_all("damaged checkpoints are set aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -65,3 +120,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    number = 1
+    while path.exists():
+        path, number = path.with_name(f"{path.name.partition('.')[0]}.{number}"), number + 1
+    return path

@@ -2,16 +2,27 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from dd_jax import parallel
+from dd_jax.checkpoints import DamagedCheckpointError
 from dd_jax.configuration import ConfigurationError
 from dd_jax.data import DataError
 from dd_jax.parallel import Terminated
 from dd_jax.pretrained import WeightsError
 from dd_jax.training import DivergenceError
 
-USER_ERRORS = (ConfigurationError, DataError, DivergenceError, WeightsError, FileNotFoundError)
+USER_ERRORS = (
+    ConfigurationError,
+    DamagedCheckpointError,
+    DataError,
+    DivergenceError,
+    WeightsError,
+    FileNotFoundError,
+)
+Prepared = TypeVar("Prepared")
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -41,6 +52,22 @@ def join_processes(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(str(error)) from error
 
 
+def prepared_by_all(prepare: Callable[[], Prepared]) -> Prepared:
+    """What `prepare` returns, once all processes have got theirs; no process goes on where it fails for another.
+
+    Raises:
+      One of USER_ERRORS: this process's own, or a ConfigurationError where only others failed.
+    """
+    result, error = None, None
+    try:
+        result = prepare()
+    except USER_ERRORS as own:
+        error = own
+    if parallel.any_of_us(error is not None):
+        raise error or ConfigurationError("Another process cannot begin; what it says tells why.")
+    return result
+
+
 def positive(text: str) -> int:
     """The type of an argument that counts something."""
     number = int(text)
@@ -57,14 +84,24 @@ def say(text: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main function: exit code 1 with one sentence for errors of use, 130 when interrupted, 143 when
-    asked to end (SIGTERM)."""
+    asked to end (SIGTERM). One of several processes that fails ends without waiting for the others."""
     try:
         main()
     except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the latest checkpoint.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Terminated as reason:
+        _end("\nStopped. The same command goes on from the latest checkpoint.", INTERRUPTED)
+    except Terminated as reason:  # All processes end so, after the same step: they can wait for each other.
         print(f"\n{reason} The same command goes on from there.", file=sys.stderr)
         sys.exit(TERMINATED)
+    except Exception:
+        if parallel.is_one_of_several():
+            _end(traceback.format_exc(), 1)
+        raise
+
+
+def _end(text: str, code: int) -> None:
+    print(text, file=sys.stderr)
+    if parallel.is_one_of_several():
+        parallel.end_process(code)
+    sys.exit(code)

@@ -9,9 +9,12 @@ ends the loops of its attacks by itself.
     state, sums = step(state, batch, key)    # batch: this process's share, of any size
 """
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -23,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
+SECONDS_FOR_THE_OTHERS = 3.0  # What those that fail together have to say why.
 
 
 class Terminated(Exception):
@@ -38,14 +42,38 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
       num_processes, process_id: how many there are, and which this is, counted from 0.
 
     Raises:
-      ValueError: some but not all of the three are given, or the number is out of range.
+      ValueError: some but not all of the three are given, the coordinator is no HOST:PORT, or the number is out of range.
     """
     given = (coordinator, num_processes, process_id)
     if any(x is None for x in given) and any(x is not None for x in given):
         raise ValueError("Give all of --coordinator HOST:PORT, --num_processes N and --process_id I, or none of them.")
     if coordinator is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id is {process_id}; it must be within 0..{num_processes - 1}.")
+    if coordinator is not None and not _is_host_and_port(coordinator):
+        raise ValueError(f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, such as 10.0.0.1:1234.")
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)  # It would keep SIGTERM from all but `Termination`.
     jax.distributed.initialize(*given)
+    jax.devices()  # All wait for all here: a process that fails later finds none that waits for its devices.
+
+
+def _is_host_and_port(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+
+
+def is_one_of_several() -> bool:
+    """Whether `initialize` was called, so that this process's end concerns others."""
+    return jax.distributed.is_initialized()
+
+
+def end_process(code: int) -> None:
+    """Ends this process without waiting for the others, which Python's own way does for minutes, nor for its `finally`s."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_primary():  # The others cannot go on without it, and may have something to say before.
+        time.sleep(SECONDS_FOR_THE_OTHERS)
+    os._exit(code)
 
 
 def is_primary() -> bool:
@@ -71,7 +99,13 @@ def wait_for_all(name: str) -> None:
 
 def any_of_us(flag: bool) -> bool:
     """Whether it is so for any process; all of them ask together."""
-    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return bool(np.any(of_all([float(flag)])))
+
+
+def of_all(numbers: Sequence[float]) -> np.ndarray:
+    """What every process says, float32 (processes, numbers); all of them ask together, and wait for their devices."""
+    mine = np.array(numbers, np.float32)
+    return mine[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
 
 
 def replicate(tree: Any) -> Any:
@@ -207,9 +241,9 @@ def summed_in_parts(
 
 
 class Termination:
-    """Whether this run was asked to end (SIGTERM), to be looked at between steps; a context manager.
+    """Whether this process was asked to end (SIGTERM), to be looked at between steps; a context manager.
 
-    With several processes they agree on the step after which all of them stop: whichever of them was asked.
+    Outside of it SIGTERM ends the process at once. Of several processes any may be asked: see `of_all`.
     """
 
     def __init__(self) -> None:
@@ -217,8 +251,7 @@ class Termination:
         self._before: Any = None
 
     def __enter__(self) -> "Termination":
-        # With several processes JAX's own service listens, from `initialize` on; Python lets only its main thread listen.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread listen.
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -229,8 +262,6 @@ class Termination:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
-    def asked_for(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        if jax.process_count() == 1:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+    def asked_for(self) -> bool:
+        """Whether this process was asked since it entered."""
+        return self._asked

@@ -6,6 +6,8 @@ A run directory holds
     preprocessing.npz     the input space, fitted on the training images
     metrics.jsonl         one line per logged interval, epoch and final measurement, each with its stage
     checkpoints/STAGE/    Orbax checkpoints of the stages "reference" and "defended"
+    undecodable.jsonl     the training images that could not be decoded, if any: stage, step by which, name, reason; of
+                          several processes each has its undecodable_process_I.jsonl; a run that went on may name one twice
     report.json           what was measured, and with what
     plots/                its curves, from evaluate.py
     tensorboard/STAGE/    the same for TensorBoard, where the configuration wants it
@@ -14,6 +16,8 @@ Every stage goes on from what the directory holds, so a run that was stopped is 
 """
 
 import contextlib
+import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +39,11 @@ from dd_jax.experiment import (
 from dd_jax.measuring import measure
 from dd_jax.progress import progress
 
-SECONDS_BETWEEN_CHECKPOINTS = 30
+SECONDS_BETWEEN_CHECKPOINTS = 30  # At least, where a line of metrics.jsonl has just been written.
+MOST_SECONDS_BETWEEN_CHECKPOINTS = (
+    300  # At most, but for one step; the line that follows is of the steps after it alone.
+)
+SECONDS_BETWEEN_QUESTIONS = 1.0  # Of the processes to each other: whether one was asked to end, or should save.
 MOST_STEPS_PER_LINE, FEWEST_LINES = 50, 10  # Of metrics.jsonl.
 
 
@@ -66,20 +74,27 @@ def _train_with_progress(
     log_every = max(1, min(MOST_STEPS_PER_LINE, stage.num_steps // FEWEST_LINES))
     settings = dict(num_steps=stage.num_steps, seed=experiment.config.seed)
     feeding = experiment.feed.training(batch_size=stage.settings.batch_size, **settings)
-    limit, last_saved = experiment.config.evaluation.epoch_examples, time.monotonic()
+    limit, latest = experiment.config.evaluation.epoch_examples, {}
     bar = progress(
         f"{stage.name:9} training", stage.num_steps, "step", initial=int(state.step), disable=not parallel.is_primary()
     )
     folder, step = experiment.workdir / "tensorboard" / stage.name, int(state.step)
     wanted = experiment.config.tensorboard and parallel.is_primary()
     curves = tensorboard.open_curves(folder, step) if wanted else contextlib.nullcontext(lambda line: None)
+
+    def measured_step(*arguments: Any) -> tuple[training.TrainState, dict[str, Any]]:
+        state, measured = train_step(*arguments)
+        latest.update(measured)
+        return state, measured
+
     with bar, feeding as batch_of_step, curves as add_to_curves, parallel.Termination() as termination:
 
         def log_line(line: dict[str, Any]) -> None:
             log(experiment, line)
             add_to_curves(line)
 
-        steps = training.fit(state, train_step, batch_of_step, log_every=log_every, **settings)
+        pauses, undecodable = Pauses(), Undecodable(experiment, stage.name)
+        steps = training.fit(state, measured_step, batch_of_step, log_every=log_every, **settings)
         for state, step, means in steps:
             bar.update()
             line = {"stage": stage.name, "step": step, "epoch": step / stage.steps_per_epoch}
@@ -87,17 +102,74 @@ def _train_with_progress(
                 pace = input_pace(batch_of_step)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}{pace_text(pace)}")
                 log_line(line | means | pace)
+                undecodable.note(step, batch_of_step)
             if limit and step % stage.steps_per_epoch == 0:
                 log_line(line | {"test": measure(experiment, state, limit=limit, quiet=True)})
             # Saved after the step's lines, so that none is missing where the run goes on from here.
-            terminated = termination.asked_for(step)
-            due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
-            if terminated or (means is not None and parallel.any_of_us(due)):
+            to_save, to_end = pauses.after(step, is_line=means is not None, asked=termination.asked_for())
+            if to_save:
+                check_finite(latest["loss"], step)
+                undecodable.note(step, batch_of_step)
                 saved.save(step, parallel.as_global(state))
-                last_saved = time.monotonic()
-            if terminated:
+            if to_end:
                 raise parallel.Terminated(f"Asked to end; step {step} of the {stage.name} training is saved.")
     return state
+
+
+class Pauses:
+    """After which steps of a training its state is saved, and after which it ends: the same ones in every process.
+
+    One process looks after every step. Several, since they wait for each other and for their devices to agree, do after
+    every line of metrics.jsonl and, by the pace that the primary process had before, about once a second.
+    """
+
+    def __init__(self) -> None:
+        self._saved = self._agreed = time.monotonic()
+        self._agreed_step: int | None = None
+        self._next_step, self._seconds_per_step = 0, math.inf
+
+    def after(self, step: int, *, is_line: bool, asked: bool) -> tuple[bool, bool]:
+        """Whether to save the state after this step, and whether to end then, as this process or another was asked to."""
+        _, num_processes = parallel.my_share()
+        if num_processes > 1 and not is_line and step < self._next_step:
+            return False, False
+        said = parallel.of_all([float(asked), time.monotonic() - self._saved, self._seconds_per_step])
+        to_end, (_, seconds_since, seconds_per_step) = bool(said[:, 0].any()), said[0]
+        now, before = time.monotonic(), self._agreed_step
+        self._next_step = step + max(1, int(SECONDS_BETWEEN_QUESTIONS / max(seconds_per_step, 1e-6)))
+        self._seconds_per_step = math.inf if before is None else (now - self._agreed) / (step - before)
+        self._agreed, self._agreed_step = now, step
+        most = SECONDS_BETWEEN_CHECKPOINTS if is_line else MOST_SECONDS_BETWEEN_CHECKPOINTS
+        to_save = to_end or bool(seconds_since > most)
+        if to_save:
+            self._saved = now
+        return to_save, to_end
+
+
+def check_finite(loss: Any, step: int) -> None:
+    """DivergenceError where a step's loss is not a finite number: such a state is not worth saving."""
+    if not math.isfinite(float(loss)):
+        raise training.DivergenceError(
+            f"The loss is not finite at step {step}: lower the learning rate or the penalty's weight."
+        )
+
+
+class Undecodable:
+    """Writes which training images could not be decoded by this process."""
+
+    def __init__(self, experiment: Experiment, stage_name: str) -> None:
+        index, count = parallel.my_share()
+        name = "undecodable.jsonl" if count == 1 else f"undecodable_process_{index}.jsonl"
+        self._path, self._stage_name, self._num_noted = experiment.workdir / name, stage_name, 0
+
+    def note(self, step: int, batch_of_step: Callable) -> None:
+        """Adds those that have failed since it was called last, in the steps up to this; none for data in memory."""
+        failures = list(getattr(batch_of_step, "failures", {}).items())[self._num_noted :]
+        if failures:
+            lines = [dict(stage=self._stage_name, step=step, name=name, reason=reason) for name, reason in failures]
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._num_noted += len(failures)
 
 
 def input_pace(batch_of_step: Callable) -> dict[str, Any]:

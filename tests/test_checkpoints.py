@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dd_jax.checkpoints import NUM_KEPT, Checkpoints
+from dd_jax.checkpoints import NUM_KEPT, Checkpoints, DamagedCheckpointError
 from dd_jax.training import TrainState
 
 
@@ -118,3 +118,36 @@ def test_a_checkpoint_of_another_machine_is_restored_on_this_ones_device(tmp_pat
     tree = restored(tmp_path)
     assert_bitwise(tree, state(2))
     assert {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()} == {jax.devices()[0]}
+
+
+def damage(directory):
+    """Cuts the largest file in two."""
+    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_where_the_latest_is_damaged_the_one_before_is_taken_and_its_step_can_be_saved_again(tmp_path, capfd):
+    folder, like = tmp_path / "stage", state(0, size=500)
+    with Checkpoints(folder) as saved:
+        for step in (2, 4):
+            saved.save(step, state(step, size=500))
+    damage(folder / "4")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"stage/4 is damaged \(.*\): let train.py go on in its run directory"
+    ):
+        restored(folder, like)
+    assert (folder / "4").exists()
+    with Checkpoints(folder) as saved:
+        assert_bitwise(saved.restore(like), state(2, size=500))
+        assert saved.latest() == 2 and (tmp_path / "stage_damaged/4").is_dir()
+        saved.save(4, state(4, size=500))
+    assert f"The checkpoint {folder / '4'} is damaged" in capfd.readouterr().err
+    assert_bitwise(restored(folder, like), state(4, size=500))
+    for step in ("2", "4"):
+        damage(folder / step)
+    with (
+        Checkpoints(folder) as saved,
+        pytest.raises(DamagedCheckpointError, match=f"in {folder} can be .* remove that"),
+    ):
+        saved.restore(like)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]

@@ -138,9 +138,9 @@ def test_rows_come_back_in_order_and_sums_over_all_devices():
 def test_being_asked_to_end_is_seen_between_steps():
     before = signal.getsignal(signal.SIGTERM)
     with parallel.Termination() as termination:
-        assert not termination.asked_for(1)
+        assert not termination.asked_for()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert termination.asked_for(2) and termination.asked_for(3)
+        assert termination.asked_for() and termination.asked_for()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
