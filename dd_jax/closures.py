@@ -16,7 +16,7 @@ from jaxtyping import Array
 from dd_jax.rewriting import evaluate
 from dd_jax.types import LogitsFn
 
-RANDOM_PRIMITIVES = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+RANDOM_PRIMITIVES = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
 
 class Closure(NamedTuple):
@@ -59,7 +59,7 @@ def rows_are_interchangeable(logits_fn: LogitsFn, inputs: Array, num_rows: int) 
     few = jax.ShapeDtypeStruct((num_rows,) + inputs.shape[1:], inputs.dtype)
     try:
         traced_few = jax.make_jaxpr(logits_fn)(few)
-    except (TypeError, ValueError):  # JAX's shape errors: the function knows its batch size.
+    except Exception:  # The whole batch was fine: the function knows its batch size, and may say so as it likes.
         return False
     traced_all = jax.make_jaxpr(logits_fn)(jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
     shape_few, shape_all = traced_few.out_avals[0].shape, traced_all.out_avals[0].shape

@@ -112,10 +112,12 @@ def _plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) 
     """XLA's own convolution, times one.
 
     With the flags of `dd_jax.xla_settings` XLA hands a convolution to its faster library only together with an elementwise
-    operation; this one is always there, and the barrier keeps it from being simplified away.
+    operation; this one is always there, and the barrier keeps it from being simplified away. An element of each operand
+    passes through it too: a product that depends on nothing upsets JAX's derivatives of custom derivatives in a scan.
     """
     y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
-    return y * lax.optimization_barrier(jnp.ones((), y.dtype))
+    first = tuple(a.ravel()[0] for a in (x, kernel))
+    return y * lax.optimization_barrier((*first, jnp.ones((), y.dtype)))[-1]
 
 
 def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
@@ -169,6 +171,20 @@ def grouped_convolution(x: Array, kernel: Array, strides: tuple[int, int], paddi
         return strided_convolution(x, kernel, strides, padding)
     parts = zip(jnp.split(x, num_groups, axis=3), jnp.split(kernel, num_groups, axis=3), strict=True)
     return jnp.concatenate([strided_convolution(part, k, strides, padding) for part, k in parts], axis=3)
+
+
+def depthwise_convolution(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    """Every input channel with kernels of its own, (down, across, 1, outputs): a sum of elementwise products."""
+    (down, across), (rows, columns), outputs = strides, kernel.shape[:2], kernel.shape[3]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (*padding[0], 0), (*padding[1], 0), (0, 0, 0)])
+    x = jnp.repeat(x, outputs // x.shape[3], axis=3)
+    ends = ((x.shape[1] - rows) // down) * down + 1, ((x.shape[2] - columns) // across) * across + 1
+
+    def product(i: int, j: int) -> Array:
+        part = lax.slice(x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], outputs), (1, down, across, 1))
+        return part * kernel[i, j, 0].reshape(1, 1, 1, -1)
+
+    return sum(product(i, j) for i in range(rows) for j in range(columns))
 
 
 @jax.custom_vjp

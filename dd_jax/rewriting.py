@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
-from dd_jax.linear import grouped_convolution, matrix_product
+from dd_jax.linear import depthwise_convolution, grouped_convolution, matrix_product
 from dd_jax.pooling import max_of_windows
 
-MOST_GROUPS = 8  # More groups than this (depthwise convolutions) are not worth a convolution each.
+MOST_GROUPS = 8  # More groups than this are not worth a convolution each.
+MOST_TAPS = 49  # Of a depthwise kernel: each is an elementwise product of its own.
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 BACKENDS = ("cpu",)  # Where XLA's own derivatives are slow.
 
@@ -42,6 +44,8 @@ def _apply(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any]:
     if name in INLINED:
         inner = params.get("jaxpr") or params["call_jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, arguments)
+    if name in CONTROL_FLOW:
+        return CONTROL_FLOW[name](params, *arguments)
     replacement = REPLACEMENTS.get(name)
     if replacement is not None and (result := replacement(params, *arguments)) is not None:
         return [result]
@@ -74,35 +78,50 @@ def operations(jaxpr: jex_core.Jaxpr) -> float:
 
 
 def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | None:
-    """The convolution in the plain form; None where it has dilations, other than two spatial axes or many groups."""
-    numbers = params["dimension_numbers"]
-    plain = (
-        x.ndim == 4
-        and x.dtype == kernel.dtype
-        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1}
-        and params["batch_group_count"] == 1
-        and params["feature_group_count"] <= MOST_GROUPS
-        and params["preferred_element_type"] in (None, x.dtype)
-    )
-    if not plain:
-        return None
+    """The convolution in the plain form, over one or two axes; None for three, and for groups of a few channels each."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     (n, c, *space), (o, i, *window) = numbers.lhs_spec, numbers.rhs_spec
-    y = grouped_convolution(
-        x.transpose(n, *space, c),
-        kernel.transpose(*window, i, o),
-        tuple(params["window_strides"]),
-        tuple(params["padding"]),
-        params["feature_group_count"],
-    )
+    depthwise = groups == x.shape[c] and math.prod(kernel.shape[axis] for axis in window) <= MOST_TAPS
+    if (
+        not _is_plain(params, x, kernel)
+        or len(space) not in (1, 2)
+        or params["batch_group_count"] != 1
+        or (groups > MOST_GROUPS and not depthwise)
+    ):
+        return None
+    x, kernel = x.transpose(n, *space, c), kernel.transpose(*window, i, o)
+    added = 2 - len(space)  # One axis becomes two, the first of them one pixel long.
+    x, kernel = jnp.expand_dims(x, range(1, 1 + added)), jnp.expand_dims(kernel, range(added))
+    strides, padding = (1,) * added + params["window_strides"], ((0, 0),) * added + tuple(params["padding"])
+    x = _spread(x, (1, *(1,) * added, *params["lhs_dilation"], 1))
+    kernel = _spread(kernel, (*(1,) * added, *params["rhs_dilation"], 1, 1))
+    if groups > MOST_GROUPS:
+        y = depthwise_convolution(x, kernel, strides, padding)
+    else:
+        y = grouped_convolution(x, kernel, strides, padding, groups)
+    y = y.reshape(y.shape[0], *y.shape[1 + added :])
     out_n, out_c, *out_space = numbers.out_spec
-    order = {out_n: 0, out_space[0]: 1, out_space[1]: 2, out_c: 3}
-    return y.transpose(*(order[axis] for axis in range(4)))
+    order = {out_n: 0, out_c: y.ndim - 1} | {axis: 1 + place for place, axis in enumerate(out_space)}
+    return y.transpose(*(order[axis] for axis in range(y.ndim)))
+
+
+def _is_plain(params: dict[str, Any], x: Array, y: Array) -> bool:
+    """Whether a product's operands and its result are all of one floating type."""
+    same = x.dtype == y.dtype and params["preferred_element_type"] in (None, x.dtype)
+    return same and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _spread(x: Array, dilation: Sequence[int]) -> Array:
+    """x with `dilation - 1` zeros between its elements, along each axis."""
+    if set(dilation) == {1}:
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, gap - 1) for gap in dilation])
 
 
 def _matrix_product(params: dict[str, Any], x: Array, weights: Array) -> Array | None:
     """The product of a batch of rows with a matrix of weights; None for any other contraction."""
-    is_plain = x.ndim == 2 and weights.ndim == 2 and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
-    return matrix_product(x, weights) if is_plain and x.dtype == weights.dtype else None
+    is_product = x.ndim == 2 and weights.ndim == 2 and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
+    return matrix_product(x, weights) if is_product and _is_plain(params, x, weights) else None
 
 
 def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
@@ -128,6 +147,30 @@ def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
     return pooled.transpose(*(order.index(axis) for axis in range(4)))
 
 
+def _checkpoint(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
+    inner = lambda *inputs: _evaluate(params["jaxpr"], (), inputs)
+    return jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arguments)
+
+
+def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
+    inner, num_carry, first = params["jaxpr"], params["num_carry"], params["num_consts"]
+    constants, carry, slices = arguments[:first], arguments[first : first + num_carry], arguments[first + num_carry :]
+
+    def body(carry: Sequence[Array], slices: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        results = _evaluate(inner.jaxpr, inner.consts, [*constants, *carry, *slices])
+        return results[:num_carry], results[num_carry:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, stacked = lax.scan(body, list(carry), list(slices), **options)
+    return [*carry, *stacked]
+
+
+def _cond(params: dict[str, Any], index: Array, *arguments: Array) -> Sequence[Array]:
+    branches = [lambda *inputs, b=branch: _evaluate(b.jaxpr, b.consts, inputs) for branch in params["branches"]]
+    return lax.switch(index, branches, *arguments)
+
+
+CONTROL_FLOW: dict[str, Callable[..., Sequence[Array]]] = {"checkpoint": _checkpoint, "remat2": _checkpoint, "scan": _scan, "cond": _cond}
 REPLACEMENTS: dict[str, Callable[..., Array | None]] = {
     "conv_general_dilated": _convolution,
     "dot_general": _matrix_product,

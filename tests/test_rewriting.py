@@ -26,6 +26,10 @@ CONVOLUTIONS = {
     "one output channel": {"features": 1, "padding": [(2, 1), (0, 3)]},
     "one output channel, odd sizes": {"features": 1, "kernel_size": (2, 3), "padding": "VALID"},
     "dilated": {"kernel_dilation": 2},
+    "dilated image": {"input_dilation": (2, 3), "padding": [(2, 2), (1, 0)]},
+    "dilated image, cropped": {"input_dilation": 2, "padding": [(-1, 0), (2, -1)]},
+    "a channel each": {"feature_group_count": 12, "features": 24, "kernel_size": (3, 2), "padding": [(1, 0), (2, 1)]},
+    "a channel each, stride 2": {"feature_group_count": 12, "features": 12, "strides": (2, 3)},
 }
 POOLINGS = {
     "side by side": {"window_shape": (2, 2), "strides": (2, 2)},
@@ -87,7 +91,56 @@ def images(x64):
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_are_the_same(name, images):
-    assert_same_to_second_order(Layer(convolution=freeze(CONVOLUTIONS[name])), images)
+    options = CONVOLUTIONS[name]
+    images = jnp.concatenate([images, -images, images**2], axis=3)[..., : options.get("feature_group_count", 2) * 2]
+    assert_same_to_second_order(Layer(convolution=freeze(options)), images[..., :12])
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_group_count": 12, "features": 12}, {"kernel_dilation": 2}])
+def test_convolutions_over_one_axis_are_the_same(options, images):
+    series = jnp.concatenate([images, -images, images**2], axis=3)[:, 0]
+    strides = {} if "kernel_dilation" in options else {"strides": (2,)}
+    assert_same_to_second_order(Layer(convolution=freeze({"kernel_size": (3,), **strides, **options})), series)
+
+
+class Repeated(nn.Module):
+    """A convolution within checkpoint, scan or cond."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        kernels = self.param("kernels", nn.initializers.normal(0.3), (2, 3, 3, 4, 4), x.dtype)
+        convolve = lambda x, kernel: jnp.tanh(
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        )
+        if self.kind == "checkpoint":
+            return jax.checkpoint(convolve)(x, kernels[0]).sum((1, 2))
+        if self.kind == "scan":
+            last, all_of_them = jax.lax.scan(lambda x, k: (convolve(x, k), x.sum((1, 2))), x, kernels, reverse=True)
+            return last.sum((1, 2)) + all_of_them[0]
+        branches = [lambda x: convolve(x, kernels[0]), lambda x: convolve(x, kernels[1])]
+        return jax.lax.cond(jnp.sum(kernels) > 100, *branches, x).sum((1, 2))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "scan", "cond"])
+def test_convolutions_within_control_flow_are_the_same_and_rewritten(kind, images):
+    small = images[:, :5, :6]
+    assert_same_to_second_order(Repeated(kind), small)
+    params = Repeated(kind).init(jax.random.key(0), small)
+    apply_fn, closure = hoist(lambda x: Repeated(kind).apply(params, x), jax.ShapeDtypeStruct(small.shape, small.dtype))
+    assert "custom_vjp_call" in set(primitives(jax.make_jaxpr(apply_fn)(closure, small).jaxpr))
+
+
+def test_products_of_narrow_numbers_added_up_in_wide_ones_stay_so():
+    """Whole numbers of 8 bits, and halves added up in floats."""
+    few, wide = jnp.full((2, 300), 100, jnp.int8), jnp.full((300, 3), 100, jnp.int8)
+    total = lambda x: jax.lax.dot(few, wide, preferred_element_type=jnp.int32).astype(x.dtype) + x
+    apply_fn, closure = hoist(total, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    np.testing.assert_array_equal(apply_fn(closure, jnp.zeros((2, 3))), np.full((2, 3), 3e6))
+    half = lambda x: jax.lax.dot(x.astype(jnp.bfloat16), wide.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    apply_fn, closure = hoist(half, jax.ShapeDtypeStruct((2, 300), jnp.float32))
+    assert apply_fn(closure, jnp.ones((2, 300))).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", POOLINGS)

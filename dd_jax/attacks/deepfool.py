@@ -146,6 +146,11 @@ def check_arguments(inputs: Array, labels: Array | None, options: Options) -> No
 def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], labels: Array | None) -> Array:
     """The clean logits; ValueError unless they are floating, one row per example and at least two classes wide."""
     logits = logits_fn(inputs)
+    if not hasattr(logits, "ndim"):
+        raise ValueError(
+            f"logits_fn must return one array, the logits; it returned a {type(logits).__name__}. "
+            "Leave out whatever else the net gives, such as its updated state."
+        )
     if logits.ndim != 2 or logits.shape[0] != inputs.shape[0] or logits.shape[1] < 2:
         raise ValueError(
             f"logits_fn must return logits of shape ({inputs.shape[0]}, classes) with at least 2 classes for inputs of shape "
@@ -174,6 +179,8 @@ def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tu
     if num_rows >= batch or not rows_are_interchangeable(logits_fn, inputs, num_rows):
         num_rows = batch
     last_rows = num_rows if num_rows == batch else max(1, num_rows // LAST_TURN_SHARE)
+    if last_rows != num_rows and not rows_are_interchangeable(logits_fn, inputs, last_rows):
+        last_rows = num_rows
     shapes = [jax.ShapeDtypeStruct((rows, *inputs.shape[1:]), inputs.dtype) for rows in {num_rows, last_rows}]
     apply_fn, closure = hoist(logits_fn, *shapes)
     return apply_fn, closure, options._replace(rows_per_turn=num_rows, rows_per_last_turn=last_rows)
@@ -210,7 +217,7 @@ def search(
         active = ~success & moved & (steps + 1 < options.num_steps)
         return Search(
             state.perturbation.at[to].set(after, mode="drop"),
-            state.num_replayable.at[to].set(steps + moved, mode="drop"),
+            state.num_replayable.at[to].set(steps + moved.astype(steps.dtype), mode="drop"),
             state.active.at[to].set(active, mode="drop"),
             state.success.at[to].set(success, mode="drop"),
             record_step(state.trace, steps, to, before, source, target) if record else None,
