@@ -246,6 +246,51 @@ def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp_path, steps_taken, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        run(tmp_path)
+    files = [path for path in (tmp_path / "checkpoints/defended/8").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    steps_taken.clear()
+    run(tmp_path)
+    assert len(steps_taken) == 2 and "checkpoints/defended/8 is damaged" in capfd.readouterr().err
+    assert_same_run(tmp_path, finished)
+
+
+def test_slow_steps_are_saved_between_lines_and_those_that_diverge_are_not(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(runs.Checkpoints, "save", lambda self, step, state: saved.append(step))
+    monkeypatch.setattr(runs, "MOST_STEPS_PER_LINE", 4)
+    monkeypatch.setattr(runs, "MOST_SECONDS_BETWEEN_CHECKPOINTS", -1)
+    nothing_more = ("fine_tuning.num_epochs=0", "evaluation.epoch_examples=0")
+    runs.reference_state(built(tmp_path, *nothing_more))
+    assert saved == [1, 2, 3, 5, 6, 7, 9, 10, 11, 12]  # Lines, at 4 and 8, have a constant of their own; 12 is the end.
+    saved.clear()
+    with pytest.raises(runs.training.DivergenceError, match="The loss is not finite at step [23]: lower"):
+        runs.reference_state(built(tmp_path, *nothing_more, "reference.learning_rate=1e30"))
+    assert saved in ([1], [1, 2])
+
+
+def test_what_cannot_be_decoded_is_written_down_once(tmp_path):
+    def batch_of_step(step):
+        raise NotImplementedError
+
+    undecodable = runs.Undecodable(built(tmp_path), REFERENCE)
+    undecodable.note(1, batch_of_step)  # Data in memory: nothing fails.
+    batch_of_step.failures = {}
+    undecodable.note(2, batch_of_step)
+    assert not list(tmp_path.iterdir())
+    for step in (3, 4, 5):
+        batch_of_step.failures |= {"a.png": "cut short"} if step == 3 else {"b/c.jpg": "no JPEG"}
+        undecodable.note(step, batch_of_step)
+    assert [json.loads(line) for line in (tmp_path / "undecodable.jsonl").read_text().splitlines()] == [
+        {"stage": REFERENCE, "step": 3, "name": "a.png", "reason": "cut short"},
+        {"stage": REFERENCE, "step": 4, "name": "b/c.jpg", "reason": "no JPEG"},
+    ]
+
+
 # Where the reference comes from
 
 

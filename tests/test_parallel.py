@@ -56,11 +56,44 @@ if parallel.is_primary():
                       "devices": parallel.num_devices()}}))
 """
 
+ENDING = """
+import json, os, signal, sys, time
+sys.path[:0] = [{root!r}]
+from dd_jax import command_line, parallel, runs
+from dd_jax.configuration import ConfigurationError
 
-def start(tmp_path, num_devices, **arguments):
+def stage(first_step, asked_at=None):
+    pauses, ended = runs.Pauses(), None
+    with parallel.Termination() as termination:
+        for step in range(first_step + 1, first_step + 120):
+            time.sleep(0.01)
+            if step == asked_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            _, to_end = pauses.after(step, is_line=step % 50 == 0, asked=termination.asked_for())
+            if to_end:
+                return step
+
+def fail(alone):
+    if alone:
+        raise ConfigurationError("This one has no data.")
+
+def main():
+    parallel.initialize(arguments["coordinator"], arguments["num_processes"], arguments["process_id"])
+    second = not parallel.is_primary()
+    ends = [stage(0, 30 if second else None), stage(0), stage(500, 501 if second else None)]
+    print(json.dumps(ends), flush=True)
+    command_line.prepared_by_all(lambda: fail(second))
+
+arguments = json.loads(sys.argv[1])
+runs.SECONDS_BETWEEN_QUESTIONS = 0.2
+command_line.run(main)
+"""
+
+
+def start(tmp_path, num_devices, program_text=PROGRAM, **arguments):
     program = tmp_path / "program.py"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    program.write_text(textwrap.dedent(PROGRAM).format(root=root))
+    program.write_text(textwrap.dedent(program_text).format(root=root))
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
     command = [sys.executable, str(program), json.dumps(arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -106,6 +139,22 @@ def test_devices_processes_and_parts_change_nothing(tmp_path):
         assert_same(other, one)
 
 
+def test_processes_end_together_when_one_is_asked_and_when_one_fails(tmp_path):
+    """SIGTERM in a first stage, a stage without, SIGTERM at once in a stage that goes on at 500; then one has no data."""
+    both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2)
+    processes = [start(tmp_path, 1, ENDING, **both, process_id=i) for i in range(2)]
+    (first, first_err), (second, second_err) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [1, 1], (first_err[-2000:], second_err[-2000:])
+    ends = [
+        [json.loads(line) for line in out.splitlines() if line.startswith("[") and "Gloo" not in line]
+        for out in (first, second)
+    ]
+    ((early, never, resumed),) = ends[0]
+    assert ends[0] == ends[1] and 30 <= early <= 100 and never is None and 501 <= resumed <= 550
+    assert first_err.strip().splitlines()[-1] == "error: Another process cannot begin; what it says tells why."
+    assert second_err.strip().splitlines()[-1] == "error: This one has no data."
+
+
 def test_a_batch_is_filled_up_with_what_counts_for_nothing():
     batch = {"image": np.arange(6.0).reshape(3, 2), "mask": np.ones(3, np.float32)}
     filled = parallel.fill_up(batch, 4)
@@ -147,5 +196,8 @@ def test_being_asked_to_end_is_seen_between_steps():
 def test_processes_are_described_whole_or_not_at_all():
     with pytest.raises(ValueError, match="Give all of --coordinator"):
         parallel.initialize("127.0.0.1:1", 2)
+    for address in ("localhost", "localhost:", ":1234", "localhost:99999", "localhost:port"):
+        with pytest.raises(ValueError, match=rf"--coordinator is '{address}'; it must be HOST:PORT of process 0"):
+            parallel.initialize(address, 2, 1)
     with pytest.raises(ValueError, match=r"process_id is 2; it must be within 0\.\.1"):
         parallel.initialize("127.0.0.1:1", 2, 2)
