@@ -170,7 +170,12 @@ def _cond(params: dict[str, Any], index: Array, *arguments: Array) -> Sequence[A
     return lax.switch(index, branches, *arguments)
 
 
-CONTROL_FLOW: dict[str, Callable[..., Sequence[Array]]] = {"checkpoint": _checkpoint, "remat2": _checkpoint, "scan": _scan, "cond": _cond}
+CONTROL_FLOW: dict[str, Callable[..., Sequence[Array]]] = {
+    "checkpoint": _checkpoint,
+    "remat2": _checkpoint,  # its name up to jax 0.10
+    "scan": _scan,
+    "cond": _cond,
+}
 REPLACEMENTS: dict[str, Callable[..., Array | None]] = {
     "conv_general_dilated": _convolution,
     "dot_general": _matrix_product,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from test_deepfool import NORMS, affine, affine_net
 
@@ -446,3 +448,58 @@ def test_two_devices_are_one(x64):
     )
     assert_close(merged, (one_metrics, one_inputs_gradient), 1e-12)
     assert_close((value.sum(), jax.tree.map(lambda g: g.sum(axis=0), gradient)), (one_value, one_gradient), 1e-12)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_shard_map_is_one_device_with_the_gradient_inside_or_outside(inside, x64):
+    params, inputs, labels = problem("conv")
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(AxisType.Auto,))
+    total = lambda params, *batch: dd_jax.regularizer(
+        partial(apply_net, "conv", params), *batch, correct_scale=2.0
+    ).sum()
+    here = lambda *arguments: jax.lax.psum((jax.grad(total) if inside else total)(*arguments), "device")
+    options = dict(mesh=mesh, in_specs=(P(), P("device"), P("device")), out_specs=P())
+    divided = jax.shard_map(here, **options, check_vma=False)
+    actual = jax.jit(divided if inside else jax.grad(divided))(params, inputs, labels)
+    assert_close(actual, jax.jit(jax.grad(total))(params, inputs, labels), 1e-12)
+    with pytest.raises(ValueError, match="give it check_vma=False"):
+        jax.jit(jax.shard_map(here, **options))(params, inputs, labels)
+
+
+def test_a_batch_on_explicit_axes_is_refused_with_a_way_out():
+    params, inputs, labels = problem("relu")
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(AxisType.Explicit,))
+    inputs = jax.device_put(inputs, NamedSharding(mesh, P("device")))
+    with pytest.raises(
+        ValueError, match="explicit axes of a mesh.* make the mesh with axis_types=jax.sharding.AxisType.Auto"
+    ):
+        jax.jit(lambda x: dd_jax.regularizer(partial(apply_net, "relu", params), x, labels))(inputs)
+
+
+def test_strict_promotion_of_types_is_no_hindrance():
+    params, inputs, labels = problem("tanh")
+    with jax.numpy_dtype_promotion("strict"):
+        loss, _ = dd_jax.deep_defense_loss(partial(apply_net, "tanh", params), inputs, labels)
+        found = dd_jax.deepfool(partial(apply_net, "tanh", params), inputs, labels, norm="linf", bounds=(-5.0, 5.0))
+    assert np.isfinite(loss).all() and found.success.all()
+
+
+def test_a_net_that_gives_more_than_logits_is_told_so():
+    params, inputs, labels = problem("relu")
+    with pytest.raises(ValueError, match="logits_fn must return one array, the logits; it returned a tuple. Leave out"):
+        dd_jax.regularizer(lambda x: (apply_net("relu", params, x), {}), inputs, labels)
+
+
+def test_a_net_that_checks_its_batch_gets_no_other(x64):
+    """By an exception of its own, also where only the last, shorter turns do not fit."""
+    params, inputs, labels = problem("relu")
+
+    def only(*sizes):
+        def logits_fn(x):
+            assert x.shape[0] in sizes, "this net takes batches of its own size"
+            return apply_net("relu", params, x)
+
+        return dd_jax.signed_margin(logits_fn, inputs, labels)
+
+    assert_close(only(8), dd_jax.signed_margin(partial(apply_net, "relu", params), inputs, labels), 1e-12)
+    assert_close(only(8, 3), only(8), 1e-12)  # A third of a batch makes a turn here, and one row a last turn.

@@ -126,6 +126,7 @@ def check_arguments(inputs: Array, labels: Array | None, options: Options) -> No
             f"inputs must be a floating batch of shape (batch, ...); got {inputs.dtype}{list(inputs.shape)}. "
             "Convert images to floats and keep a leading batch axis, also for one example."
         )
+    _check_sharding(inputs)
     if labels is not None and (labels.shape != inputs.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer)):
         raise ValueError(
             f"labels must be integers of shape {inputs.shape[:1]}, one class per example; got {labels.dtype}"
@@ -141,6 +142,17 @@ def check_arguments(inputs: Array, labels: Array | None, options: Options) -> No
         raise ValueError(
             f"classes_at_once is {options.classes_at_once}; it must be at least 1, or None for all candidates at once."
         )
+
+
+def _check_sharding(inputs: Array) -> None:
+    kind = jax.typeof(inputs)
+    if any(spec := kind.sharding.spec):
+        raise ValueError(
+            f"inputs are sharded over explicit axes of a mesh, {spec}; make the mesh with "
+            "axis_types=jax.sharding.AxisType.Auto, or divide the batch with jax.shard_map."
+        )
+    if getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", None):
+        raise ValueError("inputs are within a jax.shard_map that checks how values vary; give it check_vma=False.")
 
 
 def checked_logits(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."], labels: Array | None) -> Array:
