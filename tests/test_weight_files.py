@@ -2,24 +2,28 @@
 
 import collections
 import contextlib
+import errno
 import io
 import os
 import pickle
+import struct
 import sys
 import types
 import zipfile
+import zlib
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.io
+import scipy.sparse
 from golden import make_torch_files
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from test_pretrained import GOLDEN, lenet_state_dict
 
 from dd_jax import models, pretrained
-from dd_jax.pretrained import WeightsError, __main__, caffe, files, layouts, matconvnet, torch_zip
+from dd_jax.pretrained import WeightsError, __main__, caffe, errors, files, layouts, matconvnet, torch_zip
 
 LENET = lenet_state_dict(num_classes=2)
 
@@ -311,12 +315,16 @@ def test_the_old_format_needs_pytorch_and_says_so(monkeypatch):
 def test_the_old_format_is_read_by_pytorchs_restricted_loader(monkeypatch):
     class Array(np.ndarray):
         detach = float = numpy = lambda self: self
+        untyped_storage = lambda self: types.SimpleNamespace(nbytes=lambda: 12)
 
     calls, one = [], np.ones(3, np.float32).view(Array)
     load = lambda path, **options: calls.append(options) or {"state_dict": {"module.conv1.weight": one}}
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, Tensor=Array))
     arrays = files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
     assert calls == [{"map_location": "cpu", "weights_only": True}] and list(arrays) == ["conv1.weight"]
+    one = np.broadcast_to(np.float32(1), (10**6, 10**6)).view(Array)
+    with pytest.raises(WeightsError, match="legacy.pth has a tensor of more numbers than its storage"):
+        files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
 
 
 # Caffe
@@ -519,6 +527,129 @@ def test_other_matlab_files_are_refused(tmp_path):
         pretrained.load(path, "lenet")
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_variables_of_matlab_files_are_bounded_and_others_not_read(tmp_path, monkeypatch, compressed):
+    path, net = tmp_path / "lenet.mat", {"layers": simplenn(lenet_filters())}
+    scipy.io.savemat(path, {"junk": np.zeros(10**6), "net": net, "more": np.ones(3)}, do_compression=compressed)
+    monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 2 * 10**6)  # less than junk, more than the net
+    expect_lenet(pretrained.load(path, "lenet"))
+    monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 10**6)
+    with pytest.raises(WeightsError, match="lenet.mat is damaged.*come to more than the 1000000 bytes"):
+        pretrained.load(path, "lenet")
+
+
+def matlab_file(array_class, dimensions, *rest):
+    """A file whose one variable, `layers`, has that class and dimensions."""
+
+    def element(kind, content):
+        return struct.pack("<II", kind, len(content)) + content.ljust(-(-len(content) // 8) * 8, b"\0")
+
+    parts = [
+        element(6, struct.pack("<II", array_class, 0)),
+        element(5, struct.pack(f"<{len(dimensions)}i", *dimensions)),
+    ]
+    matrix = element(14, b"".join([*parts, element(1, b"layers"), *(element(kind, content) for kind, content in rest)]))
+    return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + matrix
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (matlab_file(6, (2**30, 2**30), (9, bytes(8))), "1 numbers in it do not make an array of shape"),
+        (matlab_file(6, (-1, 1), (9, bytes(8))), "do not make"),
+        (matlab_file(7, (1,) * 10, (2, b"1")), "do not make"),
+        (matlab_file(6, (2**18, 1), (2, bytes(2**18))), "come to more than the 1000000 bytes"),
+        (matlab_file(2, (2**30, 1), (5, b"\1\0\0\0"), (1, b"a" * 200_000)), "more than 1000 fields"),
+        (matlab_file(2, (1, 1), (5, bytes(4)), (1, b"a")), "fields"),
+        (matlab_file(1, (1, 1), *[(14, b"")] * 50), "more than 50 arrays"),
+        (matlab_file(1, (1, 1), (9, bytes(8))), "what is no array"),
+        (matlab_file(1, (1, 1), (14, bytes(4))), "requires a buffer"),
+    ],
+)
+def test_arrays_of_matlab_files_do_not_claim_more_than_a_net_has(tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 10**6)
+    monkeypatch.setattr(matconvnet, "_MOST_ARRAYS", 50)
+    path = tmp_path / "net.mat"
+    packed = zlib.compress(content[128:])
+    for variable in (content, content[:128] + struct.pack("<II", 15, len(packed)) + packed):
+        path.write_bytes(variable)
+        with pytest.raises(WeightsError, match=f"net.mat is damaged.*{words}"):
+            pretrained.load(path, "lenet")
+
+
+def test_cells_in_cells_and_filters_of_five_axes_are_refused(tmp_path):
+    path, cell = tmp_path / "net.mat", np.ones((1, 1))
+    for _ in range(30):
+        outer = np.empty((1, 1), object)
+        outer[0, 0] = cell
+        cell = outer
+    for layers, words in (
+        (cell, "more than 20 inside each other"),
+        (simplenn([(np.ones((2,) * 5), np.ones(2))]), r"filters of a layer have shape \(2, 2, 2, 2, 2\)"),
+        (np.array([["hello"]], object), "does not hold a SimpleNN"),
+        (np.array([[scipy.sparse.eye(2)]], object), "does not hold a SimpleNN"),
+        (
+            simplenn([(np.ones((2, 2)), np.ones(2)), (scipy.sparse.eye(2).tocsc(), np.ones(2))]),
+            "other weights than filters",
+        ),
+    ):
+        scipy.io.savemat(path, {"layers": layers})
+        with pytest.raises(WeightsError, match=f"net.mat .*{words}"):
+            pretrained.load(path, "lenet")
+
+
+def test_a_changed_byte_of_a_matlab_file_never_raises_anything_else(tmp_path):
+    path, generator = tmp_path / "net.mat", np.random.default_rng(0)
+    small = {"layers": simplenn([(np.ones((2, 2, 1, 2), np.float32), np.ones(2))])}
+    scipy.io.savemat(path, small)
+    content = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[generator.integers(128, len(damaged))] = generator.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(WeightsError):
+            matconvnet.read(path, ["conv1"])
+    path.write_bytes(content)
+    assert list(matconvnet.read(path, ["conv1"])) == ["conv1.weight", "conv1.bias"]
+
+
+# NumPy
+
+
+def npy(shape, dtype="<f4", content=b""):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"x.npy": npy((10**5,), content=bytes(4 * 10**5))}, "come to 400128 bytes, and 300000 are allowed"),
+        ({"fc9.weight.npy": npy((2,), content=bytes(8))}, r"missing: .*unknown: fc9.weight \(2,\)"),
+        ({"x.npy": npy((10**9, 10**9))}, "x.npy is not as long as an array of shape"),
+        ({"x.npy": npy((-1, 0))}, "x.npy is not as long|shape"),
+        ({"x.npy": npy((2,), "|O", bytes(16))}, "x.npy is of dtype object"),
+        ({"x.npy": npy((2,), "<c8", bytes(16))}, "x.npy is of dtype complex64"),
+        ({"x.npy": b"\x93NUMPY\x02\x00\xff\xff\xff\xff"}, r"version \(2, 0\)"),
+        ({"x.txt": b"hello"}, "x.txt is no array"),
+    ],
+)
+def test_npz_files_are_refused_by_their_headers(tmp_path, monkeypatch, entries, words):
+    monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 300_000)
+    monkeypatch.setattr(files, "_npy_array", lambda archive, name: pytest.fail(f"{name} was decompressed"))
+    with zipfile.ZipFile(tmp_path / "net.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(WeightsError, match=f"net.npz.*{words}"):
+        pretrained.load(tmp_path / "net.npz", "lenet")
+
+
+def test_compressed_npz_files_are_read(tmp_path):
+    np.savez_compressed(tmp_path / "lenet.npz", **{name: np.asfortranarray(array) for name, array in LENET.items()})
+    expect_lenet(pretrained.load(tmp_path / "lenet.npz", "lenet"))
+
+
 # All kinds
 
 
@@ -588,6 +719,19 @@ def test_unknown_kinds_absent_files_and_unknown_nets_are_said(tmp_path):
     safetensors.numpy.save_file(LENET, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError, match="'vgg'.*mlp, lenet, convnet, nin, alexnet"):
         pretrained.load(tmp_path / "net.safetensors", "vgg")
+
+
+@each_kind
+def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, kind):
+    path = tmp_path / f"lenet.{kind}"
+    path.write_bytes(b"x")
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(type(path), "open", refuse)  # Permissions do not bind root.
+    with pytest.raises(WeightsError, match=f"lenet.{kind} cannot be read .Permission denied.; check its permissions"):
+        pretrained.load(path, "lenet")
 
 
 def test_bfloat16_goes_through_safetensors(tmp_path):

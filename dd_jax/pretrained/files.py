@@ -1,5 +1,6 @@
 """Files of weights, by the suffix of their names."""
 
+import math
 import os
 import pathlib
 import zipfile
@@ -10,9 +11,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dd_jax.pretrained import caffe, matconvnet, torch_zip
+from dd_jax.pretrained import caffe, errors, matconvnet, torch_zip
 from dd_jax.pretrained.errors import WeightsError
-from dd_jax.pretrained.layouts import layer_names, variables_from_torch
+from dd_jax.pretrained.layouts import check_shapes, layer_names, variables_from_torch
 
 SUFFIXES = {
     ".pth": "PyTorch",
@@ -23,6 +24,7 @@ SUFFIXES = {
     ".mat": "MatConvNet",
     ".npz": "NumPy with PyTorch's names",
 }
+_MOST_EXPANDED = 2**12  # bytes of a tensor that is larger than its storage, as Tensor.expand makes them
 
 
 def load(path: str | os.PathLike, name: str) -> dict[str, Any]:
@@ -47,13 +49,26 @@ def checked_variables(path: str | os.PathLike, name: str, arrays: dict[str, np.n
 
 
 def read(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, under PyTorch's names and in its layout, of the file's dtypes; not yet compared with the net."""
+    """The arrays of a file, under PyTorch's names and in its layout, of the file's dtypes; not yet compared with the net.
+
+    Compressed files (.npz and .mat) may come to 1 GiB. WeightsError as for `load`, also where the system refuses to read.
+    """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
         kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
         raise WeightsError(f"{path} is of no known kind: weights are read from {kinds}.")
-    if not path.is_file():
-        raise WeightsError(f"There is no file {path}; name one that holds the weights.")
+    try:
+        if not path.is_file():
+            raise WeightsError(f"There is no file {path}; name one that holds the weights.")
+        path.open("rb").close()  # Not all readers say why they cannot open it.
+        return _read_kind(path, name)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk."
+        ) from error
+
+
+def _read_kind(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".caffemodel":
@@ -61,7 +76,7 @@ def read(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
     if path.suffix == ".mat":
         return matconvnet.read(path, layer_names(name), reverse_channels=name == "alexnet")
     if path.suffix == ".npz":
-        return _read_npz(path)
+        return _read_npz(path, name)
     return torch_zip.read(path) if _may_be_zip(path) else _read_with_torch(path)
 
 
@@ -80,12 +95,44 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path} is damaged, or no safetensors file ({error}); fetch it anew.") from error
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_npz(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """The net's arrays; nothing but their headers is decompressed before they are known to be that net's."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with zipfile.ZipFile(path) as archive:
+            shapes = {info.filename.removesuffix(".npy"): _npy_shape(archive, info) for info in archive.infolist()}
+            size = sum(info.file_size for info in archive.infolist())
+            if size > errors.MOST_UNCOMPRESSED:
+                raise ValueError(f"its arrays come to {size} bytes, and {errors.MOST_UNCOMPRESSED} are allowed")
+            check_shapes(name, shapes)
+            return {entry: _npy_array(archive, f"{entry}.npy") for entry in shapes}
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # A damaged file can fail in any way.
-        raise WeightsError(f"{path} is damaged, or no .npz file of plain arrays ({error}); write it anew.") from error
+        reason = str(error)[:200]
+        raise WeightsError(f"{path} is damaged, or no .npz file of plain arrays ({reason}); write it anew.") from error
+
+
+def _npy_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
+    """The shape of an entry, which is as long as its header says."""
+    if not info.filename.endswith(".npy") or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{info.filename[:60]} is no array that numpy.savez writes")
+    with archive.open(info) as entry:
+        version = np.lib.format.read_magic(entry)
+        if version != (1, 0):  # Headers of later ones can be 4 GB long, and are for structured arrays.
+            raise ValueError(f"{info.filename[:60]} is of version {version} of the format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
+        if dtype.kind not in "biuf":
+            raise ValueError(f"{info.filename[:60]} is of dtype {str(dtype)[:60]}, and real numbers are allowed")
+        if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != info.file_size - entry.tell():
+            raise ValueError(f"{info.filename[:60]} is not as long as an array of shape {shape}")
+    return shape
+
+
+def _npy_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as entry:
+        array = np.lib.format.read_array(entry, allow_pickle=False)
+        entry.read(1)  # Only the end of an entry has its checksum compared.
+        return array
 
 
 def _may_be_zip(path: pathlib.Path) -> bool:
@@ -105,9 +152,13 @@ def _read_with_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch_zip.state_dict(path, contents, torch.Tensor)
+        if any(tensor.nbytes > max(tensor.untyped_storage().nbytes(), _MOST_EXPANDED) for tensor in tensors.values()):
+            raise WeightsError(f"{path} has a tensor of more numbers than its storage; call contiguous() on it.")
+        return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    except WeightsError:
+        raise
     except Exception as error:  # A damaged file can fail in any way.
         raise WeightsError(
             f"{path} is damaged, or refused by PyTorch ({type(error).__name__}); fetch it anew."
         ) from error
-    tensors = torch_zip.state_dict(path, contents, torch.Tensor)
-    return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
