@@ -538,18 +538,38 @@ def test_variables_of_matlab_files_are_bounded_and_others_not_read(tmp_path, mon
         pretrained.load(path, "lenet")
 
 
-def matlab_file(array_class, dimensions, *rest):
-    """A file whose one variable, `layers`, has that class and dimensions."""
+def matlab_element(kind, content, order="<"):
+    return struct.pack(f"{order}II", kind, len(content)) + content.ljust(-(-len(content) // 8) * 8, b"\0")
 
-    def element(kind, content):
-        return struct.pack("<II", kind, len(content)) + content.ljust(-(-len(content) // 8) * 8, b"\0")
 
-    parts = [
-        element(6, struct.pack("<II", array_class, 0)),
-        element(5, struct.pack(f"<{len(dimensions)}i", *dimensions)),
-    ]
-    matrix = element(14, b"".join([*parts, element(1, b"layers"), *(element(kind, content) for kind, content in rest)]))
-    return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + matrix
+def matlab_array(array_class, dimensions, *rest, name=b"", order="<"):
+    """What follows the tag of an array of that class and those dimensions; `rest` has types and contents."""
+    flags, dimensions = (
+        struct.pack(f"{order}II", array_class, 0),
+        struct.pack(f"{order}{len(dimensions)}i", *dimensions),
+    )
+    return b"".join(matlab_element(*part, order) for part in ((6, flags), (5, dimensions), (1, name), *rest))
+
+
+def matlab_file(*array, order="<"):
+    """A file whose one variable is called `layers`."""
+    header = b"MATLAB 5.0".ljust(124) + (b"\x00\x01IM" if order == "<" else b"\x01\x00MI")
+    return header + matlab_element(14, matlab_array(*array, name=b"layers", order=order), order)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_matlab_stores_floats_as_short_integers_in_either_byte_order(tmp_path, order):
+    def inner(*array):
+        return 14, matlab_array(*array, order=order)
+
+    filters = inner(6, (3, 2), (3, struct.pack(f"{order}6h", *range(-3, 3))))
+    biases = inner(7, (1, 1), (7, struct.pack(f"{order}f", 0.5)))
+    name_length = struct.pack(f"{order}i", 8)
+    layer = inner(2, (1, 1), (5, name_length), (1, b"weights\0"), inner(1, (1, 2), filters, biases))
+    (tmp_path / "net.mat").write_bytes(matlab_file(1, (1, 1), layer, order=order))
+    arrays = matconvnet.read(tmp_path / "net.mat", ["conv1"])
+    np.testing.assert_array_equal(arrays["conv1.weight"][0, 0], [[-3, 0], [-2, 1], [-1, 2]])
+    assert arrays["conv1.weight"].dtype == np.float64 and arrays["conv1.bias"].tolist() == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Reads files of Caffe's two current formats. Raises WeightsError where the file is damaged, or older.
     """
+    content = pathlib.Path(path).read_bytes()
     try:
-        return dict(_weights(memoryview(pathlib.Path(path).read_bytes())))
+        return dict(_weights(memoryview(content)))
     except WeightsError as error:
         raise WeightsError(f"{os.fspath(path)} cannot be read as a .caffemodel: {error}") from error
     except Exception as error:  # A damaged file can fail in any way.

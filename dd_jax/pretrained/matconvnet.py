@@ -43,9 +43,9 @@ def read(path: str | os.PathLike, layers: list[str], *, reverse_channels: bool =
 
     Raises WeightsError where the file is damaged or holds something else.
     """
-    name = os.fspath(path)
+    name, content = os.fspath(path), pathlib.Path(path).read_bytes()
     try:
-        contents = _variables(pathlib.Path(path).read_bytes())
+        contents = _variables(content)
     except NotImplementedError as error:
         raise WeightsError(f"{name} is a MATLAB 7.3 file; write it anew with save(..., '-v7').") from error
     except Exception as error:  # A damaged file can fail in any way.
