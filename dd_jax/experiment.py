@@ -46,6 +46,10 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
     preprocessing = Preprocessing.load(saved) if saved.exists() else None
     open_feed = open_images if config.data.name in data.STREAMED_SOURCES else open_in_memory
     feed, preprocessing = open_feed(config, preprocessing)
+    if feed.num_classes < 2:
+        raise ConfigurationError(
+            f"There is one class only in {feed.description}; there must be two or more (a folder needs train/CLASS/*)."
+        )
     model = models.create(config.model.name, num_classes=feed.num_classes)
     experiment = Experiment(config, workdir, model, feed, preprocessing)
     for stage in (REFERENCE, DEFENDED):

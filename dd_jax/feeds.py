@@ -5,6 +5,7 @@ Both offer the same: `description`, `num_classes`, `num_train`, `training`, `tes
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -18,6 +19,14 @@ from dd_jax.evaluation import Examples, in_memory
 Batch = Mapping[str, np.ndarray]
 BatchOfStep = Callable[[int], Batch]
 COLOUR_RANGE = (0, 255)
+MOST_NAMED = 5  # Of the images that cannot be decoded.
+
+
+def left_out(failures: Mapping[str, str]) -> str:
+    """The sentence for test images that could not be decoded (name to reason): how many, and the first of them."""
+    first = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MOST_NAMED])
+    more = f" and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
+    return f"{len(failures)} test images cannot be decoded and are left out of the figures: {first}{more}"
 
 
 class InMemory(NamedTuple):
@@ -107,6 +116,8 @@ class Streamed(NamedTuple):
             batch_size += -batch_size % num_processes
             with data.evaluation_stream(images, batch_size=batch_size, **self._options()) as stream:
                 yield from stream
+                if stream.failures:
+                    print(f"\n{left_out(stream.failures)}", file=sys.stderr, flush=True)
 
         corners = self.preprocessing(np.array(COLOUR_RANGE, np.uint8).reshape(2, 1, 1, 1).repeat(3, axis=3))
         limits = float(corners.min()), float(corners.max())

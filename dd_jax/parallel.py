@@ -204,8 +204,17 @@ def sums_and_rows(function: Callable) -> Callable:
 
 
 def sums_over_shares(function: Callable) -> Callable:
-    """As `sums_and_rows`, of batches that each process reads its own share of; the rows stay where they are."""
-    return _sums_and_rows(function)
+    """As `sums_and_rows`, of batches that each process reads its own share of; the rows come process by process."""
+    mapped = _sums_and_rows(function)
+
+    def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        sums, rows = mapped(shared, batch)
+        if jax.process_count() > 1 and rows is not None:
+            gathered = multihost_utils.process_allgather(rows)
+            rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), gathered)
+        return sums, rows
+
+    return call
 
 
 def _sums_and_rows(function: Callable) -> Callable:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,28 @@ def test_image_files_feed_a_run_as_arrays_do(folder, tmp_path):
     state = parallel.replicate(experiment.untrained(parts, experiment.make_stage(parts, "reference")))
     found = measuring.measure(parts, state, limit=5, quiet=True)
     assert found["num_examples"] == 5 and found["rho_l2"] > 0
+
+
+def test_test_images_that_cannot_be_decoded_are_left_out_and_named(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "images")
+    (copy / "val/a/1.png").write_bytes(b"no image")
+    parts = built(copy, tmp_path / "run")
+    masks = [batch["mask"].tolist() for batch in parts.feed.test_examples().batches(6, 4)]
+    assert sum(map(sum, masks)) == 5
+    said = capsys.readouterr().err
+    assert "1 test images cannot be decoded and are left out of the figures: " in said and "a/1.png (" in said
+    many = feeds.left_out({f"{i}.jpg": "cut short" for i in range(7)})
+    assert many.startswith("7 test images") and many.endswith("4.jpg (cut short) and 2 more")
+
+
+def test_a_folder_of_one_class_is_refused(folder, tmp_path):
+    (tmp_path / "images/train").mkdir(parents=True)
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "a", tmp_path / "images" / split / "a")
+    with pytest.raises(
+        configuration.ConfigurationError, match="There is one class only in .*; there must be two or more"
+    ):
+        built(tmp_path / "images", tmp_path / "run")
 
 
 def command(folder, workdir, num_devices, *more):

@@ -46,10 +46,13 @@ for i in range(5):
     state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
     jax.block_until_ready(state)
 apply = lambda variables, x: model.apply(variables, x)
-found = evaluation.measure(apply, {{"params": state.params}}, evaluation.in_memory(batch["image"], batch["label"]), batch_size=8,
-                           settings=Settings(num_steps=5), names=("deepfool", "pgd", "pass"), show_progress=False,
-                           to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6,
-                           compile_fn=parallel.sums_and_rows)
+whole = evaluation.in_memory(batch["image"], batch["label"])
+shares = whole._replace(batches=lambda *sizes: (parallel.share_of(part) for part in whole.batches(*sizes)))
+measure = lambda examples, compile_fn: evaluation.measure(
+    apply, {{"params": state.params}}, examples, batch_size=8, settings=Settings(num_steps=5), show_progress=False,
+    names=("deepfool", "pgd", "pass"), to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6, compile_fn=compile_fn)
+found, streamed = measure(whole, parallel.sums_and_rows), measure(shares, parallel.sums_over_shares)
+assert found.keys() == streamed.keys() and all(np.isclose(found[name], streamed[name], rtol=1e-5) for name in found), streamed
 leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
 if parallel.is_primary():
     print(json.dumps({{"params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
