@@ -1,6 +1,7 @@
 """Carlini and Wagner's attack: never far from the closed form on affine nets, its parts, and its edges."""
 
 import functools
+import math
 from functools import partial
 
 import jax
@@ -208,6 +209,7 @@ def test_no_gradient_flows_through_the_result():
 WRONG_CALLS = {
     "bounds is None; this attack needs the range of valid inputs": dict(bounds=None),
     r"bounds are 1\.0 and 0\.0; the first must nowhere exceed the second": dict(bounds=(1.0, 0.0)),
+    r"bounds are 0\.0 and inf; this attack needs a finite range": dict(bounds=(0.0, math.inf)),
     "num_steps is 0; it must be at least 1": dict(num_steps=0),
     "num_binary_search_steps is 0; it must be at least 1": dict(num_binary_search_steps=0),
     r"learning_rate is 0\.0; it must be more than 0": dict(learning_rate=0.0),
@@ -224,3 +226,8 @@ def test_errors_say_what_was_expected_and_what_came(message, unchecked):
     inputs, labels = arguments.pop("inputs"), arguments.pop("labels")
     with pytest.raises(ValueError, match=message):
         jax.jit(partial(carlini_wagner_l2, NET, **arguments))(inputs, labels)
+
+
+def test_an_empty_batch_has_an_empty_result():
+    found = jax.jit(lambda x: carlini_wagner_l2(NET, x, **QUICK))(INPUTS[:0])
+    assert (found.perturbation.shape, found.success.shape, found.num_steps.shape) == ((0, 6), (0,), (0,))

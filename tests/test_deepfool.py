@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from dd_jax import deepfool, signed_margin
+from dd_jax import deepfool, regularizer, signed_margin
 from dd_jax.attacks import deepfool as module
 
 NORMS = ("l2", "linf")
@@ -322,3 +322,11 @@ def test_numpy_arrays_are_as_good_as_jax_arrays(unchecked, short_turns, x64):
     inputs = np.float64(INPUTS)
     labels = np.asarray(jnp.argmax(NET(inputs), axis=1))
     assert_same(deepfool(NET, inputs, labels), plain_result())
+
+
+def test_an_empty_batch_has_an_empty_result_and_a_gradient_of_zero():
+    found = jax.jit(lambda x: deepfool(NET, x))(INPUTS[:0])
+    assert (found.perturbation.shape, found.success.shape, found.num_steps.shape) == ((0, 6), (0,), (0,))
+    labels = jnp.zeros(0, jnp.int32)
+    total = lambda scale: regularizer(lambda x: NET(scale * x), INPUTS[:0], labels).sum()
+    assert jax.jit(jax.grad(total))(1.0) == 0

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.attacks.deepfool import Options, check_arguments, hoist_for_search, next_rows
 from dd_jax.attacks.gradient import labels_to_leave
 from dd_jax.closures import ApplyFn, Closure, hoist
-from dd_jax.norms import Bounds, check_bounds, lp_norm, per_example, stay_within
+from dd_jax.norms import Bounds, check_bounds, is_known, lp_norm, per_example, stay_within
 from dd_jax.types import AttackResult, LogitsFn
 
 REACH = 2.0  # A pixel at its bound starts at 7 % of the speed of one in the middle. 1 and 3 were measured to be worse.
@@ -135,7 +135,8 @@ def carlini_wagner_l2(
 
     Edges: what is misclassified already is done, whatever the confidence: zero perturbation, success, zero steps. Where
     all gradients vanish or are not finite, nothing moves. On affine nets this is the shortest perturbation to a few per
-    mille, unless the box bars so much of the way to the nearest class that another one looks nearer midway. Results do
+    mille, unless the box bars so much of the way to the nearest class that another one looks nearer midway, or the boundary is
+    nearer than 1e-5 of the box's width (a case with 13 % too much was seen). A batch may be empty. Results do
     not depend on the rest of the batch, and an example that has stopped costs nothing more. Gradients do not flow
     through the result. Preparing takes one backward pass per class.
 
@@ -148,6 +149,10 @@ def carlini_wagner_l2(
     if bounds is None:
         raise ValueError("bounds is None; this attack needs the range of valid inputs, for example (0.0, 1.0).")
     check_bounds(bounds, inputs)
+    if any(is_known(lambda bound=bound: jnp.any(jnp.isinf(jnp.asarray(bound)))) for bound in bounds):
+        raise ValueError(
+            f"bounds are {bounds[0]} and {bounds[1]}; this attack needs a finite range, for example (0.0, 1.0)."
+        )
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     labels, right = labels_to_leave(logits_fn, inputs, labels)
     problem = make_problem(logits_fn, inputs, labels, bounds, settings)
@@ -226,7 +231,7 @@ def mean_slope(
     square = jnp.square(lp_norm(gradient, "l2"))
     without_box = lead / jnp.where(square > 0, square, 1)
     way = lambda doublings: jnp.clip(per_example(without_box * 2**doublings, gradient) * gradient, *room)
-    gain = lambda part: jnp.sum((gradient * part).reshape(lead.size, -1), axis=-1)
+    gain = lambda part: jnp.sum(gradient * part, axis=tuple(range(1, gradient.ndim)))
 
     def halve(_: Array | int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval

@@ -93,7 +93,8 @@ def deepfool(
       AttackResult(perturbation, success, num_steps).
 
     Edges: where all class gradients vanish (dead net) or two classes tie exactly at the iterate, the linear model asks for
-    no step: the search stops there, without success, and counts as `num_steps` steps. Non-finite steps are not taken.
+    no step: the search stops there, without success, and counts as `num_steps` steps. Non-finite steps are not taken. A batch
+    may be empty.
 
     Gradients do not flow through the result; `dd_jax.signed_margin` is the differentiable quantity.
 
@@ -223,7 +224,7 @@ def search(
         before, steps = state.perturbation[rows], state.num_replayable[rows]
         step, source, target = nearest_step(apply_fn, closure, clip(part.inputs + before, bounds), part, options)
         after = clip(part.inputs + before + step, bounds) - part.inputs if bounds is not None else before + step
-        moved = jnp.any((after != before).reshape(rows.size, -1), axis=1)
+        moved = jnp.any(after != before, axis=tuple(range(1, after.ndim)))
         overshot = clip(part.inputs + (1 + options.overshoot) * after, bounds)
         success = (jnp.argmax(apply_fn(closure, overshot), axis=-1) == part.labels) != part.away
         active = ~success & moved & (steps + 1 < options.num_steps)
