@@ -158,7 +158,7 @@ def measure_net(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if "growth" in parts and name in GROWTH_NETS:
         result["growth"] = measure_growth(apply_fn, params, inputs, labels)
     if "third_party" in parts and name in third_party.NETS:
-        result["third_party"] = third_party.measure(name, params, inputs[:100], labels[:100])
+        result["third_party"] = third_party.measure(third_party.NETS[name], params, inputs[:100], labels[:100])
     return result
 
 

@@ -50,9 +50,8 @@ class PlainConvNet(nn.Module):
 NETS: dict[str, nn.Module] = {"lenet": PlainLeNet(), "convnet": PlainConvNet()}
 
 
-def measure(name: str, params: Any, inputs: jax.Array, labels: jax.Array, *, num_steps: int = 5) -> dict[str, Any]:
+def measure(net: nn.Module, params: Any, inputs: jax.Array, labels: jax.Array, *, num_steps: int = 5) -> dict[str, Any]:
     """Seconds of the training step of a plain Flax net with our penalty and with the straightforward one."""
-    net = NETS[name]
     apply_fn = lambda params, x: net.apply({"params": params}, x)
 
     def straightforward(logits_fn: Callable, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
