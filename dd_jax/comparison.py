@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dd_jax import baselines, data, evaluation, experiment, measuring, parallel, plots, reports, run_log
+from dd_jax import baselines, data, evaluation, experiment, measuring, metrics, parallel, plots, reports, run_log
 from dd_jax.attacks.deepfool import deepfool
 from dd_jax.configuration import ConfigurationError, flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment
 from dd_jax.tables import FGS_FRACTIONS, PAPERS, Row, fgs_name, has_published, markdown_table, text_table
+from dd_jax.verification import predicted_classes
 
 SWEPT = {"deep_defense": "correct_scale", "adversarial_fgsm": "epsilon", "deep_defense_fgsm": "epsilon"}
 """What Figure 6 varies, per defense."""
@@ -148,6 +148,7 @@ def compare(
         for net, more in zip(nets, fgs, strict=True)
     ]
     notes = [PAPERS] * has_published(rows) + [reference_text] * bool(reference_text)
+    notes += [sentence for row in rows for sentence in metrics.remarks(row.measured, row.label)]
     notes.append(reports.conditions(*(report for report in runs_reports)))
     if not parallel.is_primary():
         return ""
@@ -262,18 +263,19 @@ def fooling_examples(nets: Sequence[Net]) -> tuple[np.ndarray, list[plots.Exampl
         name: getattr(settings, name) for name in ("num_steps", "overshoot", "num_candidates", "classes_at_once")
     }
 
-    @jax.jit
-    def attack(variables: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits_fn = partial(measuring.apply_fn(run.model, run.config.model.compute_dtype), variables)
-        found = deepfool(logits_fn, x, **options)
-        classes = [jnp.argmax(logits_fn(at), axis=-1) for at in (x, x + found.perturbation)]
-        return found.perturbation, *classes
+    net_of = partial(partial, measuring.apply_fn(run.model, run.config.model.compute_dtype))
+    attack = jax.jit(lambda variables, x: deepfool(net_of(variables), x, **options).perturbation)
+    classes = jax.jit(lambda variables, x: predicted_classes(net_of(variables), x))  # Compiled apart from the attack.
+
+    def attack_and_ask(variables: Any, x: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        perturbation = attack(variables, x)
+        return perturbation, classes(variables, x), classes(variables, x + perturbation)
 
     attacked = []
     for net in nets:
         state = experiment.restore(net.run, net.stage)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        found = [jax.device_get(attack(variables, batch["image"])) for batch in batches]
+        found = [jax.device_get(attack_and_ask(variables, batch["image"])) for batch in batches]
         kept = [[part[batch["mask"] > 0] for part in parts] for parts, batch in zip(found, batches, strict=True)]
         attacked.append([np.concatenate(parts) for parts in zip(*kept, strict=True)])
     usable = np.all([(before == labels) & (after != labels) for _, before, after in attacked], axis=0)

@@ -7,9 +7,10 @@
 What runs on the device is compiled once per net and settings. The weights are arguments of it, so that asking again after
 every epoch compiles nothing. Memory is that of one batch.
 
-One function, `compile_fn`, makes of `(shared, batch) -> (sums, rows)` what is run: `jax.jit`, or what gives every device a
-share of the batch, adds up the sums and puts the rows back together. `shared` holds the weights and all else that is the
-same for every example.
+Every measurement is two programs: `attack(shared, batch)` finds perturbations, `judge(shared, batch, found)` asks the net again
+about each of them and gives `(sums, rows)`. One function, `compile_fn`, compiles the two, apart from one another, into what is
+run: `in_two_programs`, or what gives every device a share of the batch, adds up the sums and puts the rows back together.
+`shared` holds the weights and all else that is the same for every example.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from dd_jax import metrics
-from dd_jax.attacks.gradient import fgsm_success_curve
 from dd_jax.data import evaluation_batches
-from dd_jax.metrics import Settings, Summary, Sums
+from dd_jax.measurements import Found, Problem, Settings, curve_epsilons, fgs_direction, fooled_along
+from dd_jax.metrics import Summary, Sums
 from dd_jax.perceptual import pass_scores
 from dd_jax.progress import progress
+from dd_jax.verification import predicted_classes
 
 Inputs = Float[np.ndarray, "n h w c"]
 Labels = Int[np.ndarray, " n"]
@@ -35,8 +37,19 @@ ToImages = Callable[[np.ndarray], np.ndarray]
 ApplyFn = Callable[[Any, Array], Array]
 """(variables, inputs) -> logits. Hashable and always the same object, or it is compiled again: no fresh lambdas."""
 Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
-BatchFn = Callable[[Mapping[str, Any], Mapping[str, Array]], tuple[Any, Rows | None]]
+Shared, Batch = Mapping[str, Any], Mapping[str, Array]
+BatchFn = Callable[[Shared, Batch], tuple[Any, Rows | None]]
 """(what all examples share, a batch) -> (sums over the examples, what is needed of each example if anything)."""
+AttackFn = Callable[[Shared, Batch], Any]
+JudgeFn = Callable[[Shared, Batch, Any], tuple[Any, Rows | None]]
+CompileFn = Callable[[AttackFn, JudgeFn], BatchFn]
+
+
+def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
+    """Both compiled, each by itself: what the judge says does not depend on how the attack was compiled."""
+    compiled_attack, compiled_judge = jax.jit(attack), jax.jit(judge)
+    return lambda shared, batch: compiled_judge(shared, batch, compiled_attack(shared, batch))
+
 
 NAMES = (*metrics.MEASUREMENTS, "pass")
 
@@ -82,7 +95,7 @@ def measure(
     to_images: ToImages | None = None,
     description: str = "measuring",
     show_progress: bool = True,
-    compile_fn: Callable[[BatchFn], BatchFn] = jax.jit,
+    compile_fn: CompileFn = in_two_programs,
 ) -> Summary:
     """Accuracy, and what the named measurements give.
 
@@ -141,7 +154,7 @@ def measure(
         found[f"{slow}_examples"] = by_slow.pop("num_examples")
         found |= {name: value for name, value in by_slow.items() if name not in found}
     if "fgs" in names:
-        found["fgs_curve"] = {"epsilons": metrics.curve_epsilons(settings), "success": found["fgs_curve"]}
+        found["fgs_curve"] = {"epsilons": curve_epsilons(settings), "success": found["fgs_curve"]}
     return found
 
 
@@ -156,7 +169,7 @@ def fgs_accuracy(
     bounds: Bounds | None = None,
     description: str = "accuracy under FGS",
     show_progress: bool = True,
-    compile_fn: Callable[[BatchFn], BatchFn] = jax.jit,
+    compile_fn: CompileFn = in_two_programs,
 ) -> list[float]:
     """The accuracy under FGS (linf) at each epsilon; what is misclassified anyway counts as such.
 
@@ -223,32 +236,43 @@ def half_epsilon(
 
 
 @lru_cache(maxsize=32)
-def compiled_sums(apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings, compile_fn: Callable) -> BatchFn:
+def compiled_sums(apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings, compile_fn: CompileFn) -> BatchFn:
     """The compiled function from a batch to its `metrics.Sums`, and to DeepFool's perturbations if PASS is asked for."""
     on_device = tuple(dict.fromkeys("deepfool" if name == "pass" else name for name in names))
 
-    def sums(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[Sums, Rows | None]:
+    def problem(shared: Shared, batch: Batch) -> Problem:
         logits_fn = partial(apply_fn, shared["variables"])
-        options = dict(names=on_device, settings=settings, bounds=shared["bounds"], key=shared["key"])
-        measured = metrics.figures(logits_fn, batch["image"], batch["label"], **options)
-        rows = {"image": batch["image"], "mask": batch["mask"], "perturbation": measured.perturbation}
-        return metrics.sum_up(measured.figures, batch["mask"]), rows if "pass" in names else None
+        return Problem(logits_fn, batch["image"], batch["label"], shared["bounds"], shared["key"])
 
-    return compile_fn(sums)
+    def attack(shared: Shared, batch: Batch) -> Found:
+        return metrics.attack(problem(shared, batch), names=on_device, settings=settings)
+
+    def judge(shared: Shared, batch: Batch, found: Found) -> tuple[Sums, Rows | None]:
+        judged = metrics.judge(problem(shared, batch), found, settings=settings)
+        rows = None
+        if "pass" in names:
+            rows = {name: batch[name] for name in ("image", "mask")} | {"perturbation": found["deepfool"].perturbation}
+        return metrics.sum_up(judged, batch["mask"]), rows
+
+    return compile_fn(attack, judge)
 
 
 @lru_cache(maxsize=32)
-def compiled_curve(apply_fn: ApplyFn, compile_fn: Callable) -> BatchFn:
+def compiled_curve(apply_fn: ApplyFn, compile_fn: CompileFn) -> BatchFn:
     """The compiled function from a batch to how many are classified rightly under FGS, for each epsilon."""
 
-    def num_right(shared: Mapping[str, Any], batch: Mapping[str, Array]) -> tuple[tuple[Array, Array], None]:
+    def attack(shared: Shared, batch: Batch) -> Array:
+        return fgs_direction(partial(apply_fn, shared["variables"]), batch["image"], batch["label"])
+
+    def judge(shared: Shared, batch: Batch, direction: Array) -> tuple[tuple[Array, Array], None]:
         logits_fn = partial(apply_fn, shared["variables"])
-        options = dict(epsilons=shared["epsilons"], bounds=shared["bounds"])
-        fooled = fgsm_success_curve(logits_fn, batch["image"], batch["label"], **options)
+        problem = Problem(logits_fn, batch["image"], batch["label"], shared["bounds"], None)
+        predicted = predicted_classes(logits_fn, batch["image"])
+        fooled = fooled_along(problem, predicted, direction, shared["epsilons"])
         counts = batch["mask"] > 0
         return (jnp.sum(~fooled & counts[None], axis=1), jnp.sum(counts)), None
 
-    return compile_fn(num_right)
+    return compile_fn(attack, judge)
 
 
 def batches(

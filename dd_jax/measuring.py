@@ -1,11 +1,13 @@
 """The nets of a run, measured on its test images on all devices."""
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
 import jax
+from tqdm import tqdm
 
 from dd_jax import data, evaluation, metrics, parallel, training
 from dd_jax.experiment import Experiment, evaluation_settings
@@ -33,7 +35,8 @@ def measure(
 ) -> metrics.Summary:
     """Accuracy and the measurements of those names (`evaluation.NAMES`) on the test images, the first `limit` of them.
 
-    Adds "epsilon_half", where half of the images have fallen under FGS, where "fgs" is among the names; None: nowhere.
+    Adds "epsilon_half", where half of the images have fallen under FGS, where "fgs" is among the names; None: nowhere. Says on
+    stderr where an attack's own success was not what a plain forward pass said.
     """
     config, settings = experiment.config, evaluation_settings(experiment.config)
     net, shared = _arguments(experiment, state, limit, quiet)
@@ -50,6 +53,9 @@ def measure(
     if "fgs" in names:
         options = dict(max_epsilon=settings.fgs_max_epsilon, description=f"{name:9} epsilon of 50 %")
         found["epsilon_half"] = evaluation.half_epsilon(*net, **options, **shared)
+    if parallel.is_primary():
+        for sentence in metrics.remarks(found, name or "the net"):
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)  # Above the progress bars.
     return found
 
 

@@ -183,14 +183,16 @@ def on_all_devices(function: Callable, *, donate_state: bool = False, split_into
     return call
 
 
-def sums_and_rows(function: Callable) -> Callable:
-    """Compiles `function(shared, batch) -> (sums, rows)` for all devices of all processes, for measurements.
+def sums_and_rows(attack: Callable, judge: Callable) -> Callable:
+    """Compiles two programs for all devices of all processes, for measurements: `attack(shared, batch) -> found`, and
+    `judge(shared, batch, found) -> (sums, rows)`.
 
-    Each device has `shared` and a share of the batch; the sums are added up over all devices, and the rows (arrays with an
-    axis of examples, or None) put back together. Every process gives the whole batch, of any size, and gets the same;
-    where the batch does not divide among the devices, masked examples at its end are added, and are among the rows.
+    Each device has `shared` and a share of the batch, and what an attack finds stays on it. The sums are added up over all
+    devices, and the rows (arrays with an axis of examples, or None) put back together. Every process gives the whole batch, of
+    any size, and gets the same; where the batch does not divide among the devices, masked examples at its end are added, and are
+    among the rows.
     """
-    mapped = _sums_and_rows(function)
+    mapped = _sums_and_rows(attack, judge)
 
     def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         _, count = my_share()
@@ -203,9 +205,9 @@ def sums_and_rows(function: Callable) -> Callable:
     return call
 
 
-def sums_over_shares(function: Callable) -> Callable:
+def sums_over_shares(attack: Callable, judge: Callable) -> Callable:
     """As `sums_and_rows`, of batches that each process reads its own share of; the rows come process by process."""
-    mapped = _sums_and_rows(function)
+    mapped = _sums_and_rows(attack, judge)
 
     def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         sums, rows = mapped(shared, batch)
@@ -217,15 +219,17 @@ def sums_over_shares(function: Callable) -> Callable:
     return call
 
 
-def _sums_and_rows(function: Callable) -> Callable:
-    def on_one(shared: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-        sums, rows = function(shared, batch)
+def _sums_and_rows(attack: Callable, judge: Callable) -> Callable:
+    def summed(shared: Any, batch: Mapping[str, jax.Array], found: Any) -> tuple[Any, Any]:
+        sums, rows = judge(shared, batch, found)
         return sum_over_devices(sums), rows
 
-    mapped = jax.pmap(on_one, AXIS, in_axes=(None, 0), out_axes=(None, 0))
+    mapped_attack = jax.pmap(attack, AXIS, in_axes=(None, 0))
+    mapped_judge = jax.pmap(summed, AXIS, in_axes=(None, 0, 0), out_axes=(None, 0))
 
     def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
-        sums, rows = mapped(shared, _spread(batch, 1))
+        spread = _spread(batch, 1)
+        sums, rows = mapped_judge(shared, spread, mapped_attack(shared, spread))
         return sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
     return call

@@ -6,6 +6,7 @@ images adds to it.
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import jax
 
 from dd_jax.configuration import flatten
 from dd_jax.experiment import DEFENDED, REFERENCE, Experiment, how_measured, paper_row
-from dd_jax.metrics import Summary
+from dd_jax.metrics import Summary, remarks
 from dd_jax.tables import PAPERS, Row, has_published, text_table
 
 PACKAGES = ("dd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -34,7 +35,7 @@ def make_report(
     published_rows = {
         name: row._asdict() for name in (REFERENCE, config.defense.name) if (row := paper_row(config, name))
     }
-    return {
+    report = {
         "data": experiment.feed.description,
         "model": config.model.name,
         "defense": config.defense.name,
@@ -45,10 +46,12 @@ def make_report(
         "limit": limit,
         "published": published_rows,
         "config": flatten(config),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} device(s))",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+    return _with_remarks(report)
 
 
 def _version(package: str) -> str:
@@ -77,7 +80,12 @@ def _added_to(before: dict[str, Any] | None, report: dict[str, Any]) -> dict[str
         return report
     measured = {stage: before["measured"].get(stage, {}) | new for stage, new in report["measured"].items()}
     names = list(dict.fromkeys([*before["names"], *report["names"]]))
-    return report | {"measured": measured, "names": names}
+    return _with_remarks(report | {"measured": measured, "names": names})
+
+
+def _with_remarks(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with a sentence for every attack whose own success was not confirmed throughout; mostly there is none."""
+    return report | {"remarks": [sentence for row in rows(report) for sentence in remarks(row.measured, row.label)]}
 
 
 def read(workdir: pathlib.Path, limit: int | None = None) -> dict[str, Any] | None:
@@ -99,7 +107,7 @@ def table(report: dict[str, Any]) -> str:
     """The before/after table, for a terminal."""
     both = rows(report)
     notes = [f"({PAPERS})"] if has_published(both) else []
-    return "\n".join([text_table(both), *notes, conditions(report)])
+    return "\n".join([text_table(both), *notes, *report.get("remarks", []), conditions(report)])
 
 
 def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:

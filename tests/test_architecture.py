@@ -28,6 +28,8 @@ CORE = (
     "dd_jax.attacks.carlini_wagner",
     "dd_jax.attacks",
     "dd_jax.deep_defense",
+    "dd_jax.verification",
+    "dd_jax.measurements",
     "dd_jax.metrics",
     "dd_jax",
 )

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dd_jax import evaluation, parallel
+from dd_jax import evaluation, measurements, metrics, parallel
 from dd_jax.evaluation import Settings, fgs_accuracy, half_epsilon, in_memory, measure
 from dd_jax.perceptual import pass_scores
+from dd_jax.types import AttackResult
 
 NUM_EXAMPLES, SHAPE, NUM_VALUES = 45, (16, 16, 1), 256
 random = np.random.default_rng(1)
@@ -73,6 +74,7 @@ def test_the_summary_says_everything_and_can_be_written(everything):
         *("num_examples", "accuracy", "rho_l2", "l2", "deepfool_success", "deepfool_steps"),
         *("rho_linf", "fgs_success", "fgs_curve", "accuracy_pgd"),
         *("l2_carlini_wagner", "carlini_wagner_success", "carlini_wagner_examples", "pass", "pass_unaligned"),
+        *(f"{name}_disagreements" for name in ("deepfool", "fgs", "pgd", "carlini_wagner")),
     }
     assert json.loads(json.dumps(everything)) == everything
     predicted, linf = distances()
@@ -128,6 +130,86 @@ def test_pass_is_that_of_deepfools_examples():
     assert found["pass_unaligned"] == pytest.approx(np.mean(~aligned))
     flat = run(in_memory(np.zeros_like(INPUTS), LABELS), names=("pass",), to_images=to_images, batch_size=20)
     assert flat["pass_unaligned"] == 1.0
+
+
+# What does not trust the attack: the net is asked again, apart
+
+
+def lying(attack, judge):
+    """A compiler that has the attack find a hundredth of what it should, and say that it succeeded everywhere."""
+
+    def wrong(shared, batch):
+        is_result = lambda x: isinstance(x, AttackResult)
+        lie = lambda result: AttackResult(0.01 * result.perturbation, result.success | True, result.num_steps)
+        return jax.tree.map(lambda x: lie(x) if is_result(x) else x, attack(shared, batch), is_leaf=is_result)
+
+    return evaluation.in_two_programs(wrong, judge)
+
+
+def test_a_lying_compiler_is_caught(everything):
+    names = ("deepfool", "fgs", "pgd", "carlini_wagner")
+    options = dict(names=names, bounds=BOUNDS, carlini_wagner_examples=20, compile_fn=lying)
+    found = run(in_memory(INPUTS, RIGHT), **options)
+    assert [found[name] for name in ("deepfool_success", "fgs_success", "carlini_wagner_success")] == [0, 0, 0]
+    assert found["accuracy_pgd"] == found["accuracy"] == 1.0
+    numbers = [found[f"{name}_disagreements"] for name in names]
+    assert numbers == [NUM_EXAMPLES, NUM_EXAMPLES, NUM_EXAMPLES, 20]
+    assert found["l2"] == pytest.approx(0.01 * everything["l2"], rel=1e-3)  # The size is that of what was seen.
+    assert found["fgs_curve"]["success"][0] == 0 < found["fgs_curve"]["success"][-1]  # The judge's own.
+
+
+def test_a_lying_attack_is_caught(monkeypatch):
+    def lie(logits_fn, inputs, *_, **__):
+        everyone = jnp.ones(len(inputs), bool)
+        return AttackResult(jnp.zeros_like(inputs), everyone, everyone.astype(jnp.int32))
+
+    monkeypatch.setattr(measurements, "deepfool", lie)
+    truthful = dict(names=("pgd",), bounds=BOUNDS)
+    found = run(in_memory(INPUTS, RIGHT), names=("deepfool", "pgd"), bounds=BOUNDS, batch_size=17)
+    assert found["deepfool_success"] == 0 and found["deepfool_disagreements"] == NUM_EXAMPLES and found["l2"] == 0
+    assert found["pgd_disagreements"] == 0
+    assert found["accuracy_pgd"] == run(in_memory(INPUTS, RIGHT), **truthful)["accuracy_pgd"] < 1
+    assert metrics.remarks(found, "deep_defense") == [
+        f"DeepFool on deep_defense: its own success and a plain forward pass disagree on {NUM_EXAMPLES} of {NUM_EXAMPLES} "
+        "images; the figures count the forward pass."
+    ]
+
+
+@pytest.mark.parametrize("too_far", ["bounds", "epsilon"])
+def test_what_leaves_the_bounds_or_the_ball_does_not_count(monkeypatch, too_far):
+    """The attack says what it likes of perturbations that would fool, if they were allowed."""
+    weights = WEIGHTS[:, 0] - WEIGHTS[:, 1]
+
+    def lie(logits_fn, inputs, labels, *, epsilon, **_):
+        away = jnp.where(labels == 0, -1.0, 1.0)[:, None] * jnp.sign(weights)[None]
+        size = 0.9 * epsilon if too_far == "bounds" else 1000 * epsilon
+        return AttackResult(size * away.reshape(inputs.shape), labels >= 0, labels)
+
+    monkeypatch.setattr(measurements, "pgd", lie)
+    settings = SETTINGS._replace(pgd_epsilon=0.021 if too_far == "epsilon" else 20.0)
+    bounds = (-100.0, 100.0) if too_far == "epsilon" else BOUNDS
+    found = run(in_memory(INPUTS, RIGHT), names=("pgd",), bounds=bounds, settings=settings)
+    assert found["accuracy_pgd"] == 1 and found["pgd_disagreements"] == NUM_EXAMPLES
+    if too_far == "bounds":  # Without them it would be true.
+        free = run(in_memory(INPUTS, RIGHT), names=("pgd",), settings=settings)
+        assert free["accuracy_pgd"] == 0 and free["pgd_disagreements"] == 0
+
+
+def test_the_attack_and_the_judge_are_two_programs():
+    programs = []
+
+    def counting(attack, judge):
+        programs.extend((attack, judge))
+        return evaluation.in_two_programs(attack, judge)
+
+    run(in_memory(INPUTS, LABELS), names=("deepfool",), compile_fn=counting, batch_size=NUM_EXAMPLES)
+    shared = {"variables": VARIABLES, "bounds": None, "key": None}
+    batch = {"image": INPUTS, "label": LABELS, "mask": np.ones(NUM_EXAMPLES, np.float32)}
+    attack, judge = programs
+    loops = [" while[" in str(jax.make_jaxpr(f)(*arguments)) for f, arguments in (
+        (attack, (shared, batch)), (judge, (shared, batch, jax.jit(attack)(shared, batch)))
+    )]  # fmt: skip
+    assert loops == [True, False]  # Nothing of DeepFool is in the second.
 
 
 def test_new_weights_compile_nothing():

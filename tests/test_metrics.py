@@ -60,7 +60,7 @@ def test_closed_form_on_an_affine_net(norm):
     assert list(summary)[:2] == ["num_examples", "accuracy"]
     assert set(summary) == {
         *("num_examples", "accuracy", "deepfool_success", "deepfool_steps"),
-        *(f"rho_{norm}{suffix}", f"{norm}{suffix}"),
+        *(f"rho_{norm}{suffix}", f"{norm}{suffix}", "deepfool_disagreements"),
     }
     assert summary["num_examples"] == NUM_EXAMPLES and summary["accuracy"] == np.mean(predicted == LABELS) < 0.5
     np.testing.assert_allclose(summary[f"{norm}{suffix}"], 1.02 * sizes.mean(), rtol=1e-5)  # The overshoot counts.
@@ -210,11 +210,12 @@ def test_random_starts_need_a_key_and_depend_on_it():
     inputs, labels = jnp.asarray(INPUTS), jnp.asarray(TRUE)
     settings = metrics.Settings(pgd_epsilon=0.5, pgd_step_size=0.05, pgd_num_steps=1, pgd_seed=0)
     options = dict(names=("pgd",), settings=settings)
-    run = jax.jit(lambda key: metrics.figures(curved, inputs, labels, key=key, **options).figures["accuracy_pgd"])
+    problem = lambda key: metrics.Problem(curved, inputs, labels, None, key)
+    run = jax.jit(lambda key: metrics.attack(problem(key), **options)["pgd"].success)
     drawn = [run(jax.random.key(seed)).tolist() for seed in range(4)]
     assert len(set(map(tuple, drawn))) > 1 and drawn[0] == run(jax.random.key(0)).tolist()
     with pytest.raises(ValueError, match="pgd_seed is 0, but there is no key"):
-        metrics.figures(curved, inputs, labels, **options)
+        metrics.attack(problem(None), **options)
 
 
 @pytest.mark.parametrize(

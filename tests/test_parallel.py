@@ -177,12 +177,14 @@ def test_parts_add_up_to_the_whole():
 
 
 def test_rows_come_back_in_order_and_sums_over_all_devices():
-    def function(shared, batch):
-        values = batch["x"] * shared
-        return jnp.sum(values * batch["mask"]), {"doubled": values}
+    def attack(shared, batch):
+        return {"values": batch["x"] * shared}
+
+    def judge(shared, batch, found):
+        return jnp.sum(found["values"] * batch["mask"]), {"doubled": found["values"]}
 
     batch = {"x": np.arange(5, dtype=np.float32), "mask": np.ones(5, np.float32)}
-    sums, rows = parallel.sums_and_rows(function)(np.float32(2), batch)
+    sums, rows = parallel.sums_and_rows(attack, judge)(np.float32(2), batch)
     assert float(sums) == 20
     np.testing.assert_array_equal(rows["doubled"][:5], [0, 2, 4, 6, 8])
 
