@@ -1,9 +1,13 @@
 """Replaces operations of a traced net by equal ones whose derivatives are fast on this backend.
 
-Any library's convolution ends up as the same JAX primitive, so doing it here serves nets of every library alike.
+Any library's convolution ends up as the same JAX primitive, so doing it here serves nets of every library alike. An equation
+that is not of a known form (`dd_jax.equation_forms`), or that no replacement here serves, is left to JAX, whole.
+
+DD_JAX_REWRITE=0 in the environment, or `rewrite=False` where a function takes it, leaves every equation to JAX.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,56 +17,77 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from dd_jax.equation_forms import has_known_form
 from dd_jax.linear import depthwise_convolution, grouped_convolution, matrix_product
 from dd_jax.pooling import max_of_windows
 
 MOST_GROUPS = 8  # More groups than this are not worth a convolution each.
 MOST_TAPS = 49  # Of a depthwise kernel: each is an elementwise product of its own.
-INLINED = ("jit", "pjit", "closed_call", "core_call")
 BACKENDS = ("cpu",)  # Where XLA's own derivatives are slow.
+VARIABLE = "DD_JAX_REWRITE"
+PER_AXIS = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")  # of a convolution
 
 
-def evaluate(jaxpr: jex_core.ClosedJaxpr, *inputs: Array) -> list[Array]:
-    """Evaluates a traced function, with this backend's replacements."""
-    if jax.default_backend() not in BACKENDS:
-        return jex_core.jaxpr_as_fun(jaxpr)(*inputs)
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, inputs)
+def evaluate(jaxpr: jex_core.ClosedJaxpr, *inputs: Array, rewrite: bool | None = None) -> list[Array]:
+    """Evaluates a traced function, with this backend's replacements.
+
+    rewrite: whether to replace anything. None: unless the environment says DD_JAX_REWRITE=0.
+
+    Raises ValueError where DD_JAX_REWRITE is neither 0 nor 1.
+    """
+    if jax.default_backend() in BACKENDS and (_environment_allows() if rewrite is None else rewrite):
+        return _evaluate(jaxpr, inputs)
+    return jex_core.jaxpr_as_fun(jaxpr)(*inputs)
 
 
-def _evaluate(jaxpr: jex_core.Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _environment_allows() -> bool:
+    said = os.environ.get(VARIABLE, "1")
+    if said not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} is {said!r}; it must be 0, which leaves every operation to JAX, or 1.")
+    return said == "1"
+
+
+def _evaluate(traced: Any, inputs: Sequence[Any]) -> list[Any]:
+    jaxpr, constants = getattr(traced, "jaxpr", traced), getattr(traced, "consts", ())
     values: dict[jex_core.Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: atom.val if isinstance(atom, jex_core.Literal) else values[atom]
     for equation in jaxpr.eqns:
         arguments = [read(atom) for atom in equation.invars]
-        values.update(zip(equation.outvars, _apply(equation, arguments), strict=True))
+        with equation.ctx.manager:
+            results = _replaced(equation, arguments) if has_known_form(equation) else None
+            if results is None:
+                results = _left_to_jax(equation, arguments)
+        values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any]:
+def _replaced(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any] | None:
+    """What an equation of a known form computes, in our way; None where its replacement does not serve it."""
     name, params = equation.primitive.name, equation.params
-    if name in INLINED:
-        inner = params.get("jaxpr") or params["call_jaxpr"]
-        return _evaluate(inner.jaxpr, inner.consts, arguments)
     if name in CONTROL_FLOW:
         return CONTROL_FLOW[name](params, *arguments)
-    replacement = REPLACEMENTS.get(name)
-    if replacement is not None and (result := replacement(params, *arguments)) is not None:
-        return [result]
-    bound = equation.primitive.get_bind_params(params)
-    functions, parameters = bound if isinstance(bound, tuple) else ((), bound)  # A pair before jax 0.10.
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*functions, *arguments, **parameters)
+    if equation.outvars[0].aval.size == 0:
+        return None
+    result = REPLACEMENTS[name](params, *arguments)
+    return None if result is None else [result]
+
+
+def _left_to_jax(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any]:
+    results = equation.primitive.bind(*arguments, **equation.primitive.get_bind_params(equation.params))
     return results if equation.primitive.multiple_results else [results]
 
 
 def operations(jaxpr: jex_core.Jaxpr) -> float:
-    """Floating-point operations of the convolutions and matrix products in a traced function, those of inner ones included."""
+    """Floating-point operations of the convolutions and products in a traced function and in those within it, of known forms."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         inner = sum(operations(getattr(part, "jaxpr", part)) for part in jex_core.jaxprs_in_params(params))
-        total += inner * (params["length"] if name == "scan" else 1)
+        is_known = has_known_form(equation)
+        total += inner * (params["length"] if name == "scan" and is_known else 1)
+        if not is_known:
+            continue
         if name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             num_outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -85,6 +110,7 @@ def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | Non
     if (
         not _is_plain(params, x, kernel)
         or len(space) not in (1, 2)
+        or {len(params[name]) for name in PER_AXIS} != {len(space)}
         or params["batch_group_count"] != 1
         or (groups > MOST_GROUPS and not depthwise)
     ):
@@ -147,17 +173,30 @@ def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
     return pooled.transpose(*(order.index(axis) for axis in range(4)))
 
 
-def _checkpoint(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
-    inner = lambda *inputs: _evaluate(params["jaxpr"], (), inputs)
+def _call(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
+    return _evaluate(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], arguments)
+
+
+def _checkpoint(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
+    if params["jaxpr"].effects:
+        return None
+    inner = lambda *inputs: _evaluate(params["jaxpr"], inputs)
     return jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arguments)
 
 
-def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
-    inner, num_carry, first = params["jaxpr"], params["num_carry"], params["num_consts"]
+def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
+    if "ft_in" in params:
+        sizes, kept = ([len(part) for part in params[name].unpack()] for name in ("ft_in", "ft_out"))
+    else:
+        first, num_carry = params["num_consts"], params["num_carry"]
+        sizes, kept = [first, num_carry, len(arguments) - first - num_carry], [num_carry]
+    if params["jaxpr"].effects or len(sizes) != 3 or sum(sizes) != len(arguments) or kept[:1] != sizes[1:2]:
+        return None
+    first, num_carry, _ = sizes
     constants, carry, slices = arguments[:first], arguments[first : first + num_carry], arguments[first + num_carry :]
 
     def body(carry: Sequence[Array], slices: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
-        results = _evaluate(inner.jaxpr, inner.consts, [*constants, *carry, *slices])
+        results = _evaluate(params["jaxpr"], [*constants, *carry, *slices])
         return results[:num_carry], results[num_carry:]
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
@@ -165,14 +204,18 @@ def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
     return [*carry, *stacked]
 
 
-def _cond(params: dict[str, Any], index: Array, *arguments: Array) -> Sequence[Array]:
-    branches = [lambda *inputs, b=branch: _evaluate(b.jaxpr, b.consts, inputs) for branch in params["branches"]]
+def _cond(params: dict[str, Any], index: Array, *arguments: Array) -> Sequence[Array] | None:
+    if any(branch.effects for branch in params["branches"]):
+        return None
+    branches = [lambda *inputs, b=branch: _evaluate(b, inputs) for branch in params["branches"]]
     return lax.switch(index, branches, *arguments)
 
 
-CONTROL_FLOW: dict[str, Callable[..., Sequence[Array]]] = {
-    "checkpoint": _checkpoint,
-    "remat2": _checkpoint,  # its name up to jax 0.10
+CONTROL_FLOW: dict[str, Callable[..., Sequence[Array] | None]] = {
+    "jit": _call,
+    "closed_call": _call,
+    "eval_jaxpr": _call,
+    "remat2": _checkpoint,
     "scan": _scan,
     "cond": _cond,
 }

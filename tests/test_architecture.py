@@ -20,6 +20,7 @@ CORE = (
     "dd_jax.xla_settings",
     "dd_jax.linear",
     "dd_jax.pooling",
+    "dd_jax.equation_forms",
     "dd_jax.rewriting",
     "dd_jax.closures",
     "dd_jax.attacks.linear_step",

@@ -1,13 +1,20 @@
-"""Rewritten nets are the same functions, to second derivatives, whatever the layer's form; and nothing slow is left in them."""
+"""Rewritten nets are the same functions, to second derivatives, whatever the layer's form; and nothing slow is left in them.
+
+What a later JAX might call or give its primitives is played by `Later`: such equations are left to JAX, and raise nothing.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
+import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dd_jax.closures import hoist
-from dd_jax.rewriting import operations
+from dd_jax.equation_forms import FORMS
+from dd_jax.rewriting import evaluate, operations
 
 CONVOLUTIONS = {
     "same size": {"padding": 2},
@@ -129,7 +136,7 @@ def test_convolutions_within_control_flow_are_the_same_and_rewritten(kind, image
     assert_same_to_second_order(Repeated(kind), small)
     params = Repeated(kind).init(jax.random.key(0), small)
     apply_fn, closure = hoist(lambda x: Repeated(kind).apply(params, x), jax.ShapeDtypeStruct(small.shape, small.dtype))
-    assert "custom_vjp_call" in set(primitives(jax.make_jaxpr(apply_fn)(closure, small).jaxpr))
+    assert "custom_vjp_call" in names_of(apply_fn, closure, small)
 
 
 def test_products_of_narrow_numbers_added_up_in_wide_ones_stay_so():
@@ -159,6 +166,10 @@ def primitives(jaxpr):
                 yield from primitives(inner)
 
 
+def names_of(function, *arguments):
+    return set(primitives(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
 def test_no_slow_derivative_is_left():
     """Kernel gradients in XLA's own form have rhs-dilated or batch-as-feature windows; here every one is plain."""
     layer = Layer(freeze({"padding": 2}), freeze(POOLINGS["overlapping"]))
@@ -169,7 +180,7 @@ def test_no_slow_derivative_is_left():
         apply_fn, closure = hoist(lambda x: layer.apply(params, x), jax.ShapeDtypeStruct(x.shape, x.dtype))
         return jnp.sum(apply_fn(closure, x) ** 2)
 
-    names = set(primitives(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x).jaxpr))
+    names = names_of(jax.grad(loss, argnums=(0, 1)), params, x)
     assert "conv_general_dilated" in names
     assert not {name for name in names if "reduce_window" in name or "select_and" in name}
 
@@ -184,3 +195,115 @@ def test_operations_are_counted_once_per_application():
 
     counted = operations(jax.make_jaxpr(net)(jnp.ones((7, 6, 5, 2))).jaxpr)
     assert counted == 7 * 2 * (4 * 3 * 4 * 3 * 3 * 2 + 3 * 8 * 8 + 8 * 5)
+
+
+OURS = {
+    "custom_vjp_call",
+    "custom_jvp_call",
+}  # A trace without functions of this kind has them from the replacements alone.
+
+
+class Later:
+    """A primitive as another release of JAX might have it: of the same name, with parameters that only it understands."""
+
+    def __init__(self, equation):
+        self.name, self.multiple_results = equation.primitive.name, equation.primitive.multiple_results
+        self.get_bind_params = lambda params: equation.primitive.get_bind_params(equation.params)
+        self.bind = equation.primitive.bind
+
+
+def other_parameters(params):
+    """Each way in which parameters may turn out unknown: one more, one fewer, another name, another value."""
+    yield "one more", params | {"invented": True}
+    for name, value in params.items():
+        others = {other: params[other] for other in params if other != name}
+        yield f"no {name}", others
+        yield f"{name} renamed", others | {f"new_{name}": value}
+        yield f"{name} of another kind", others | {name: object()}
+
+
+@functools.partial(jax.jit, inline=False)
+def in_jit(x, w):
+    return jnp.tanh(x @ w)
+
+
+PRODUCTS = {
+    "conv_general_dilated": lambda x, w: jax.lax.conv_general_dilated(
+        x.reshape(3, 4, 4, 2), w.reshape(2, 2, 2, 8), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
+    "dot_general": lambda x, w: x[:, :8] @ w,
+    "reduce_window_max": lambda x, w: nn.max_pool(x.reshape(3, 4, 4, 2), (2, 2), (1, 1)) * w.sum(),
+    "jit": lambda x, w: in_jit(x[:, :8], w),
+    "remat2": lambda x, w: jax.checkpoint(in_jit)(x[:, :8], w),
+    "scan": lambda x, w: jax.lax.scan(lambda x, _: (in_jit(x, w), x[0]), x[:, :8], None, length=3),
+    "cond": lambda x, w: jax.lax.cond(x[0, 0] > 0, in_jit, lambda x, w: jnp.sin(x) @ w, x[:, :8], w),
+    "closed_call": lambda x, w: in_jit(x[:, :8], w),
+}
+
+
+def traced_with(name):
+    """The traced function, the place in it of the one equation of this name, and its arguments."""
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 32), (8, 8)]))
+    traced = jax.make_jaxpr(lambda x, w: jax.tree.leaves(PRODUCTS[name](x, w)))(x, w)
+    if name == "closed_call":  # No public function of JAX leaves one in a trace.
+        call = jex_core.primitives.closed_call_p
+        of_call = lambda e: e.replace(primitive=call, params={"call_jaxpr": e.params["jaxpr"]})
+        equations = [of_call(e) if e.primitive.name == "jit" else e for e in traced.jaxpr.eqns]
+        traced, name = with_equations(traced, equations), call.name
+    (place,) = [i for i, equation in enumerate(traced.jaxpr.eqns) if equation.primitive.name == name]
+    return traced, place, (x, w)
+
+
+def with_equations(traced, equations):
+    return jex_core.ClosedJaxpr(traced.jaxpr.replace(eqns=equations), traced.consts)
+
+
+def values_and_gradients(traced, arguments, **options):
+    def total(arguments):
+        results = evaluate(traced, *arguments, **options)
+        return sum(jnp.sum(jnp.cos(result)) for result in results), results
+
+    (_, results), gradients = jax.value_and_grad(total, has_aux=True)(arguments)
+    return [*results, *gradients]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_equations_of_unknown_parameters_are_left_to_jax(name):
+    traced, place, arguments = traced_with(name)
+    known = traced.jaxpr.eqns[place]
+    assert names_of(functools.partial(evaluate, traced), *arguments) & OURS
+    expected = values_and_gradients(traced, arguments, rewrite=False)
+    for what, params in other_parameters(known.params):
+        unknown = known.replace(primitive=Later(known), params=params)
+        later = with_equations(traced, [unknown if equation is known else equation for equation in traced.jaxpr.eqns])
+        left = names_of(functools.partial(evaluate, later), *arguments)
+        assert known.primitive.name in left and not left & OURS, what
+        for actual, wanted in zip(values_and_gradients(later, arguments), expected, strict=True):
+            assert np.abs(wanted).max() > 0
+            np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6, err_msg=what)
+        assert np.isfinite(operations(later.jaxpr)), what
+
+
+def test_every_known_form_is_tried_with_unknown_parameters():
+    here = {traced.jaxpr.eqns[place].primitive.name for traced, place, _ in map(traced_with, PRODUCTS)}
+    assert here | {"closed_call", "eval_jaxpr"} == set(FORMS) and len(here) == len(PRODUCTS)
+
+
+def test_values_that_no_replacement_understands_are_left_to_jax():
+    """Products in a precision of their own, calls with options for the compiler, loops with effects, empty results."""
+    w, seen, one = jnp.ones((3, 3)), [], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    note = lambda x: jax.debug.callback(lambda: seen.append(1)) or x
+    nets = {
+        "precision": lambda x: jax.lax.dot(x, w, precision="BF16_BF16_F32"),
+        "sharding": lambda x: jax.jit(lambda x: x @ w, out_shardings=one)(x),
+        "effects": lambda x: jax.lax.scan(lambda x, _: (note(x) @ w, None), x, None, length=2)[0],
+        "effects in a branch": lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: note(x) @ w, lambda x: x, x),
+        "effects in checkpoint": jax.checkpoint(lambda x: note(x) @ w),
+        "empty": lambda x: x[:0] @ w,
+    }
+    for what, net in nets.items():
+        apply_fn, closure = hoist(net, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+        assert not names_of(apply_fn, closure, jnp.ones((2, 3))) & OURS, what
+        np.testing.assert_allclose(jax.jit(apply_fn)(closure, jnp.ones((2, 3))), net(jnp.ones((2, 3))), err_msg=what)
+    jax.effects_barrier()
+    assert seen, "The callbacks ran."
