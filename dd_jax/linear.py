@@ -109,15 +109,7 @@ def _correlation(x: Array, kernel: Array, padding: Padding) -> Array:
 
 
 def _plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    """XLA's own convolution, times one.
-
-    With the flags of `dd_jax.xla_settings` XLA hands a convolution to its faster library only together with an elementwise
-    operation; this one is always there, and the barrier keeps it from being simplified away. An element of each operand
-    passes through it too: a product that depends on nothing upsets JAX's derivatives of custom derivatives in a scan.
-    """
-    y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
-    first = tuple(a.ravel()[0] for a in (x, kernel))
-    return y * lax.optimization_barrier((*first, jnp.ones((), y.dtype)))[-1]
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
 def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
