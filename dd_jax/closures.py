@@ -29,10 +29,11 @@ class Closure(NamedTuple):
 ApplyFn = Callable[[Closure, Array], Array]
 
 
-def hoist(logits_fn: LogitsFn, *shapes: jax.ShapeDtypeStruct) -> tuple[ApplyFn, Closure]:
+def hoist(logits_fn: LogitsFn, *shapes: jax.ShapeDtypeStruct, rewrite: bool | None = None) -> tuple[ApplyFn, Closure]:
     """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)` for inputs of these shapes.
 
-    The shapes differ in the number of rows alone. Inputs of another number of rows raise KeyError.
+    The shapes differ in the number of rows alone. Inputs of another number of rows raise KeyError. `rewrite`: as
+    in `dd_jax.rewriting.evaluate`.
     """
     traces = {shape.shape[0]: jax.make_jaxpr(logits_fn)(shape) for shape in shapes}
     values: dict[int, Array] = {id(value): value for trace in traces.values() for value in trace.consts}
@@ -44,7 +45,7 @@ def hoist(logits_fn: LogitsFn, *shapes: jax.ShapeDtypeStruct) -> tuple[ApplyFn, 
         trace = traces[inputs.shape[0]]
         given = dict(zip(parameters + constants, closure.parameters + closure.constants, strict=True))
         here = jex_core.ClosedJaxpr(trace.jaxpr, [given[id(value)] for value in trace.consts])
-        (logits,) = evaluate(here, inputs)
+        (logits,) = evaluate(here, inputs, rewrite=rewrite)
         return logits
 
     return apply_fn, Closure(tuple(values[key] for key in parameters), tuple(values[key] for key in constants))

@@ -57,6 +57,7 @@ def signed_margin(
     num_candidates: int | None = None,
     classes_at_once: int | None = None,
     gradient_offset: float = 0.0,
+    rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
     """How far each example is from being classified differently (right) or rightly (wrong), relative to its size.
 
@@ -68,8 +69,8 @@ def signed_margin(
       inputs: any rank, floating.
       labels: the true classes, integers below the number of classes.
       norm: "l2" or "linf".
-      num_steps, overshoot, num_candidates, classes_at_once, gradient_offset: as in `dd_jax.deepfool`. The authors train
-        with 5 steps, an overshoot of 0.02 and all classes (10 of 1000 on ImageNet).
+      num_steps, overshoot, num_candidates, classes_at_once, gradient_offset, rewrite: as in `dd_jax.deepfool`. The
+        authors train with 5 steps, an overshoot of 0.02 and all classes (10 of 1000 on ImageNet).
 
     Returns:
       One number per example, dimensionless. Differentiable once, in reverse mode, in the inputs and in whatever `logits_fn`
@@ -87,7 +88,7 @@ def signed_margin(
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
     check_arguments(inputs, labels, options)
     logits = checked_logits(logits_fn, lax.stop_gradient(inputs), labels)
     return _margin(logits_fn, inputs, labels, lax.stop_gradient(logits), options)[0]
@@ -106,6 +107,7 @@ def regularizer(
     num_candidates: int | None = None,
     classes_at_once: int | None = None,
     gradient_offset: float = 0.0,
+    rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
     """Deep Defense's penalty: large where a small perturbation changes the prediction, or a large one is needed to mend it.
 
@@ -116,7 +118,7 @@ def regularizer(
     `signed_margin`; correct_scale and wrong_scale must not be negative.
     """
     _check_scales(correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
     check_arguments(inputs, labels, options)
     logits = lax.stop_gradient(checked_logits(logits_fn, lax.stop_gradient(inputs), labels))
     margin = _margin(logits_fn, inputs, labels, logits, options)[0]
@@ -137,6 +139,7 @@ def deep_defense_loss(
     num_candidates: int | None = None,
     classes_at_once: int | None = None,
     gradient_offset: float = 0.0,
+    rewrite: bool | None = None,
 ) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
     """The training loss of Deep Defense, per example: cross_entropy + penalty_weight * penalty.
 
@@ -148,7 +151,7 @@ def deep_defense_loss(
     errors as in `regularizer`; penalty_weight must not be negative. Defaults are the authors'.
     """
     _check_scales(penalty_weight=penalty_weight, correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
     check_arguments(inputs, labels, options)
     logits = checked_logits(logits_fn, inputs, labels)
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]

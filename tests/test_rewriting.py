@@ -3,7 +3,7 @@
 What a later JAX might call or give its primitives is played by `Later`: such equations are left to JAX, and raise nothing.
 """
 
-import functools
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dd_jax
+from dd_jax import attacks
 from dd_jax.closures import hoist
 from dd_jax.equation_forms import FORMS
 from dd_jax.rewriting import evaluate, operations
@@ -222,7 +224,7 @@ def other_parameters(params):
         yield f"{name} of another kind", others | {name: object()}
 
 
-@functools.partial(jax.jit, inline=False)
+@partial(jax.jit, inline=False)
 def in_jit(x, w):
     return jnp.tanh(x @ w)
 
@@ -271,12 +273,12 @@ def values_and_gradients(traced, arguments, **options):
 def test_equations_of_unknown_parameters_are_left_to_jax(name):
     traced, place, arguments = traced_with(name)
     known = traced.jaxpr.eqns[place]
-    assert names_of(functools.partial(evaluate, traced), *arguments) & OURS
+    assert names_of(partial(evaluate, traced), *arguments) & OURS
     expected = values_and_gradients(traced, arguments, rewrite=False)
     for what, params in other_parameters(known.params):
         unknown = known.replace(primitive=Later(known), params=params)
         later = with_equations(traced, [unknown if equation is known else equation for equation in traced.jaxpr.eqns])
-        left = names_of(functools.partial(evaluate, later), *arguments)
+        left = names_of(partial(evaluate, later), *arguments)
         assert known.primitive.name in left and not left & OURS, what
         for actual, wanted in zip(values_and_gradients(later, arguments), expected, strict=True):
             assert np.abs(wanted).max() > 0
@@ -307,3 +309,58 @@ def test_values_that_no_replacement_understands_are_left_to_jax():
         np.testing.assert_allclose(jax.jit(apply_fn)(closure, jnp.ones((2, 3))), net(jnp.ones((2, 3))), err_msg=what)
     jax.effects_barrier()
     assert seen, "The callbacks ran."
+
+
+def small_net():
+    net = Layer(freeze({"features": 3, "kernel_size": (3, 3)}), freeze(POOLINGS["overlapping"]))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 2))
+    return net, net.init(jax.random.key(0), x), x
+
+
+TAKE_REWRITE = {
+    "deepfool": lambda f, x, y, **options: dd_jax.deepfool(f, x, y, num_steps=3, **options).perturbation,
+    "signed_margin": lambda f, x, y, **options: dd_jax.signed_margin(f, x, y, num_steps=2, **options),
+    "regularizer": lambda f, x, y, **options: dd_jax.regularizer(f, x, y, num_steps=2, correct_scale=1.0, **options),
+    "deep_defense_loss": lambda f, x, y, **options: dd_jax.deep_defense_loss(f, x, y, num_steps=2, **options)[0],
+}
+TAKE_THE_ENVIRONMENT = TAKE_REWRITE | {
+    "carlini_wagner_l2": lambda f, x, y: (
+        attacks.carlini_wagner_l2(
+            f, x, y, bounds=(-9.0, 9.0), num_steps=3, initial_constant=99.0, num_binary_search_steps=1
+        ).perturbation
+    ),
+    "minimal_fgsm": lambda f, x, y: attacks.minimal_fgsm(f, x, y, max_epsilon=9.0).perturbation,
+    "pgd": lambda f, x, y: attacks.pgd(f, x, y, epsilon=0.1, step_size=0.02, num_steps=2).perturbation,
+}
+DIFFERENTIABLE = ("signed_margin", "regularizer", "deep_defense_loss")
+ON, OFF = "1", "0"
+
+
+@pytest.mark.parametrize("name", TAKE_THE_ENVIRONMENT)
+def test_rewriting_is_turned_off_by_the_environment_and_by_an_argument(name, monkeypatch):
+    """Off, JAX's own convolutions, products and poolings are all that is left; the numbers are the same."""
+    net, params, x = small_net()
+    labels = jnp.argmax(net.apply(params, x), axis=1)
+
+    def result(params, **options):
+        run = lambda params: TAKE_THE_ENVIRONMENT[name](partial(net.apply, params), x, labels, **options)
+        total = lambda params: (jnp.sum(run(params) ** 2), run(params))
+        return jax.grad(total, has_aux=True)(params) if name in DIFFERENTIABLE else total(params)
+
+    def function(said, **options):
+        monkeypatch.setenv("DD_JAX_REWRITE", said)
+        return partial(result, **options)
+
+    def is_rewritten(said, **options):
+        return "optimization_barrier" in names_of(function(said, **options), params)
+
+    off = {"rewrite": False} if name in TAKE_REWRITE else {}
+    assert is_rewritten(ON) and not is_rewritten(OFF)
+    assert not off or (not is_rewritten(ON, **off) and is_rewritten(OFF, rewrite=True))
+    said = ON if off else OFF
+    actual, expected = jax.jit(function(said, **off))(params), jax.jit(function(ON))(params)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    with pytest.raises(ValueError, match="DD_JAX_REWRITE is 'no'; it must be 0"):
+        names_of(function("no"), params)

@@ -68,6 +68,7 @@ def deepfool(
     classes_at_once: int | None = None,
     bounds: Sequence[Array | float] | None = None,
     gradient_offset: float = 0.0,
+    rewrite: bool | None = None,
 ) -> AttackResult:
     """Finds a small perturbation that changes each example's class, see the module's docstring for the equations.
 
@@ -88,6 +89,8 @@ def deepfool(
         clipping, as in the paper.
       gradient_offset: added to every component of w before its norm is taken; the authors' code uses 5e-6 on MNIST and 1e-5
         on CIFAR-10. 0 is the clean definition.
+      rewrite: False leaves every operation of the net to JAX, slower on a CPU; True and None put faster ones in there,
+        None unless the environment says DD_JAX_REWRITE=0.
 
     Returns:
       AttackResult(perturbation, success, num_steps).
@@ -101,7 +104,7 @@ def deepfool(
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
     """
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
     check_arguments(inputs, labels, options)
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     logits = lax.stop_gradient(checked_logits(logits_fn, inputs, labels))
@@ -195,7 +198,7 @@ def hoist_for_search(logits_fn: LogitsFn, inputs: Array, options: Options) -> tu
     if last_rows != num_rows and not rows_are_interchangeable(logits_fn, inputs, last_rows):
         last_rows = num_rows
     shapes = [jax.ShapeDtypeStruct((rows, *inputs.shape[1:]), inputs.dtype) for rows in {num_rows, last_rows}]
-    apply_fn, closure = hoist(logits_fn, *shapes)
+    apply_fn, closure = hoist(logits_fn, *shapes, rewrite=options.rewrite)
     return apply_fn, closure, options._replace(rows_per_turn=num_rows, rows_per_last_turn=last_rows)
 
 

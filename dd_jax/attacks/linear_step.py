@@ -27,6 +27,7 @@ class Options(NamedTuple):
     classes_at_once: int | None = None
     rows_per_turn: int = 0
     rows_per_last_turn: int = 0  # Once no more than these are active.
+    rewrite: bool | None = None  # as in `dd_jax.rewriting.evaluate`
 
 
 class Problem(NamedTuple):
