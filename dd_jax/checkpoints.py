@@ -5,9 +5,12 @@ before. What is being saved may be donated to the next training step at once: wh
 memory (on the CPU), JAX sees that it is in use and lets the step write elsewhere.
 """
 
+import asyncio
+import contextlib
 import logging
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -19,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from dd_jax import parallel
 
 State = TypeVar("State")
+LONGEST_WAIT = 60  # Seconds for the reads that are still on their way when one has failed.
 NUM_KEPT = 2  # The latest, and the one before it in case the disk fills up while the latest is being written.
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
@@ -91,7 +95,8 @@ class Checkpoints:
         """A state, None where it is damaged for any process, and what this one says of it."""
         state, reason = None, "another process cannot read it"
         try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(arrays))
+            with _loops_that_finish():
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(arrays))
         except MemoryError:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they come upon first.
@@ -120,6 +125,35 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _loops_that_finish() -> Iterator[None]:
+    """Within, a new event loop waits for its tasks before it closes.
+
+    Orbax reads arrays side by side and closes its loop as soon as one cannot be read. TensorStore would hand the others to the
+    closed loop, and Python would report an "Event loop is closed" for each that nobody can catch.
+    """
+    make_loop = asyncio.new_event_loop
+
+    def make_patient_loop() -> asyncio.AbstractEventLoop:
+        loop = make_loop()
+        close = loop.close
+
+        def finish_and_close() -> None:
+            tasks = set() if loop.is_closed() else asyncio.all_tasks(loop)
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=LONGEST_WAIT))
+            close()
+
+        loop.close = finish_and_close
+        return loop
+
+    asyncio.new_event_loop = make_patient_loop
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = make_loop
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
