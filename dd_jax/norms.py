@@ -5,12 +5,13 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
-Bounds = Sequence[Array | float]
-"""(lower, upper): numbers, or arrays that broadcast to one example."""
+Bounds = Sequence[ArrayLike]
+"""(lower, upper), each a number, or an array that broadcasts to one example, with or without a leading axis of size 1."""
 
 
 def check_norm(norm: str) -> None:
@@ -116,12 +117,21 @@ def check_bounds(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> No
         return
     if len(bounds) != 2:
         raise ValueError(f"bounds must be a pair (lower, upper); got {len(bounds)} of them.")
-    one = inputs.shape[1:]
+    one = (1, *inputs.shape[1:])
     for shape in map(jnp.shape, bounds):
         if len(shape) > len(one) or any(n not in (1, m) for n, m in zip(shape[::-1], one[::-1], strict=False)):
-            raise ValueError(f"a bound must be a number or broadcast to the shape of one example, {one}; got {shape}.")
+            raise ValueError(
+                f"a bound must be a number or broadcast to the shape of one example, {one[1:]} or {one}; got {shape}."
+            )
     if is_known(lambda: jnp.any(~(_like_one(bounds[0], inputs) <= _like_one(bounds[1], inputs)))):
-        raise ValueError(f"bounds are {bounds[0]} and {bounds[1]}; the first must nowhere exceed the second.")
+        raise ValueError(f"bounds are {in_words(bounds)}; the first must nowhere exceed the second.")
+
+
+def in_words(bounds: Bounds) -> str:
+    """The bounds for a message of one line: numbers as they are, arrays as their shapes."""
+    shapes = [jnp.shape(bound) for bound in bounds]
+    parts = [f"an array of shape {shape}" if shape else str(bound) for bound, shape in zip(bounds, shapes, strict=True)]
+    return " and ".join(parts)
 
 
 def stay_within(
@@ -138,6 +148,11 @@ def stay_within(
     return jnp.clip(perturbation, lowest, jnp.where(inputs < upper, upper - inputs, 0))
 
 
+def move_within(x: Float[Array, "batch ..."], bounds: Bounds | None) -> Float[Array, "batch ..."]:
+    """The nearest point to x within the bounds, example by example; x itself where there are none."""
+    return x if bounds is None else jnp.clip(x, *(_like_one(bound, x) for bound in bounds))
+
+
 def is_known(condition: Callable[[], Array]) -> bool:
     """Whether a condition on arrays holds, as far as that can be told at trace time."""
     with jax.ensure_compile_time_eval():
@@ -145,6 +160,6 @@ def is_known(condition: Callable[[], Array]) -> bool:
     return not isinstance(value, jax.core.Tracer) and bool(value)
 
 
-def _like_one(bound: Array | float, inputs: Float[Array, "batch ..."]) -> Float[Array, "one ..."]:
+def _like_one(bound: ArrayLike, inputs: Float[Array, "batch ..."]) -> Float[Array, "one ..."]:
     """A bound with the axes of the inputs, for one example."""
-    return jnp.broadcast_to(jnp.asarray(bound, inputs.dtype), inputs.shape[1:])[None]
+    return jnp.broadcast_to(jnp.asarray(bound, inputs.dtype), (1, *inputs.shape[1:]))

@@ -71,8 +71,8 @@ def compiled_affine(**options):
     return jax.jit(lambda w, b, x, bounds: carlini_wagner_l2(affine(w, b), x, bounds=bounds, **options))
 
 
-def attack_affine(weights, biases, inputs, bounds, **options):
-    bounds = [np.broadcast_to(bound, inputs.shape[1:]) for bound in bounds]
+def attack_affine(weights, biases, inputs, bounds, axis=0, **options):
+    bounds = [np.broadcast_to(bound, (1,) * axis + inputs.shape[1:]) for bound in bounds]
     arrays = jax.tree.map(np.float32, (weights, biases, inputs, bounds))
     return jax.tree.map(np.asarray, compiled_affine(**options)(*arrays))
 
@@ -104,6 +104,8 @@ def test_inputs_on_their_bounds_move_and_equal_bounds_hold():
     assert (lengths[found.success] <= 1.05 * optima[found.success]).all() and not found.perturbation[:, -1].any()
     result = inputs + found.perturbation
     assert (result >= lower - 1e-6).all() and (result <= upper + 1e-6).all()
+    of_one_row = attack_affine(weights, biases, inputs, (lower[None], upper[None]), axis=1)
+    assert_same(of_one_row, found)
 
 
 def test_neither_units_nor_the_scale_of_logits_matter():

@@ -173,7 +173,17 @@ def test_results_change_the_class_and_only_just(x64):
     assert (jnp.argmax(NET(INPUTS + 0.5 * found.perturbation), axis=1) == clean).all()
 
 
-@pytest.mark.parametrize("bounds", [(-0.5, 0.6), (-jnp.full(6, 0.5), jnp.linspace(0.6, 0.9, 6))])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (-0.5, 0.6),
+        (-jnp.full(6, 0.5), jnp.linspace(0.6, 0.9, 6)),
+        (
+            -np.full((1, 6), 0.5, np.float32),
+            np.linspace([0.6], [0.9], 6, axis=1),
+        ),  # As `dd_jax.data.bounds` gives them.
+    ],
+)
 def test_iterates_and_results_stay_within_bounds(bounds, x64):
     inputs = jnp.clip(INPUTS.astype(float), -0.5, 0.6)
     lower, upper = (jnp.broadcast_to(jnp.asarray(bound, float), inputs.shape) for bound in bounds)
@@ -182,9 +192,8 @@ def test_iterates_and_results_stay_within_bounds(bounds, x64):
         inside = (x >= lower[: len(x)] - 1e-12) & (x <= upper[: len(x)] + 1e-12)
         return jnp.where(inside.all(axis=1, keepdims=True), NET(x), jnp.nan)
 
-    with jax.numpy_rank_promotion("allow"):  # Arrays of one example's shape are what one wants to write.
-        found = attack(NET, inputs, bounds=bounds)
-        assert_same(attack(net_of_the_inside, inputs, bounds=bounds), found)
+    found = attack(NET, inputs, bounds=bounds)
+    assert_same(attack(net_of_the_inside, inputs, bounds=bounds), found)
     result = inputs + found.perturbation
     assert (result >= lower - 1e-12).all() and (result <= upper + 1e-12).all()
     assert (result > upper - 1e-12).any(), "these bounds bind nothing"
@@ -304,6 +313,9 @@ WRONG_CALLS = {
     r"overshoot is -0\.1; it must be 0 or more": dict(overshoot=-0.1),
     "num_candidates is 1; it must be at least 2": dict(num_candidates=1),
     "classes_at_once is 0; it must be at least 1, or None": dict(classes_at_once=0),
+    r"bounds must be a pair \(lower, upper\); got 1 of them": dict(bounds=(0.0,)),
+    r"bounds are 1\.0 and 0\.0; the first must nowhere exceed the second": dict(bounds=(1.0, 0.0)),
+    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(9, 6\)": dict(bounds=(0.0, jnp.ones((9, 6)))),
     r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),
     r"must return logits of shape \(9, classes\).* returned \(9, 2, 3\)": dict(logits_fn=lambda x: x.reshape(9, 2, 3)),
     r"must return logits .* returned \(6, 9\)": dict(logits_fn=lambda x: x.T),

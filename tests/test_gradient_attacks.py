@@ -303,6 +303,13 @@ def test_bounds_may_be_arrays(bounds):
     lower, upper = (np.broadcast_to(bound, (9, 6)) for bound in bounds)
     result = np.asarray(inputs + found.perturbation)
     assert (result >= lower - 1e-6).all() and (result <= upper + 1e-6).all() and np.isclose(result, upper).any()
+    for attack in (*ATTACKS, partial(fgsm_success_curve, epsilons=(0.1, 0.5))):
+        of_one_row = [jnp.broadcast_to(bound, (1, 6)) for bound in bounds]
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jax.jit(partial(attack, NET, bounds=of_one_row))(inputs),
+            jax.jit(partial(attack, NET, bounds=bounds))(inputs),
+        )
 
 
 WRONG_CALLS = {
@@ -314,8 +321,8 @@ WRONG_CALLS = {
     "num_steps is 0; it must be at least 1": dict(num_steps=0),
     r"bounds must be a pair \(lower, upper\); got 1 of them": dict(bounds=(0.0,)),
     r"bounds are 1\.0 and 0\.0; the first must nowhere exceed the second": dict(bounds=(1.0, 0.0)),
-    r"a bound must .* one example, \(6,\); got \(9, 6\)": dict(bounds=(0.0, jnp.ones((9, 6)))),
-    r"a bound must .* one example, \(6,\); got \(5,\)": dict(bounds=(jnp.zeros(5), 1.0)),
+    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(9, 6\)": dict(bounds=(0.0, jnp.ones((9, 6)))),
+    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(5,\)": dict(bounds=(jnp.zeros(5), 1.0)),
     r"inputs must be a floating batch.* got int32\[9, 6\]": dict(inputs=jnp.ones((9, 6), int)),
     r"labels must be integers of shape \(9,\).* not one-hot": dict(labels=jnp.ones((9, 4))),
     r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dd_jax.norms import check_norm, dual_norm, lp_norm, per_example, relative_norm
+from dd_jax.norms import (
+    check_bounds,
+    check_norm,
+    dual_norm,
+    lp_norm,
+    move_within,
+    per_example,
+    relative_norm,
+    stay_within,
+)
 
 X = jnp.array([[[3.0, -4.0], [0.0, 12.0]], [[1.0, -2.0], [2.0, -4.0]]])
 
@@ -58,3 +67,37 @@ def test_per_example_broadcasts_over_the_rest():
 def test_an_unknown_norm_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"norm is 'l1'; it must be one of 'l2', 'linf'"):
         check_norm("l1")
+
+
+ROW = np.float64([[-1.0, 2.0]])  # The bounds of an example's last axis, which broadcast to the examples of X.
+
+
+@pytest.mark.parametrize("lower", [-1.0, ROW[0], ROW, ROW[None], np.broadcast_to(ROW, (2, 2)), jnp.zeros((1, 2, 1))])
+def test_bounds_are_numbers_or_of_one_example_with_or_without_its_axis(lower):
+    upper = lower + 1.5
+    check_bounds((lower, upper), X)
+    wanted = np.clip(X, *np.broadcast_arrays(lower, upper))
+    found = move_within(X, (lower, upper))
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == X.dtype and (wanted != X).any() and (wanted == X).any()
+    inside = jnp.asarray(wanted)
+    np.testing.assert_allclose(inside + stay_within(100 * (X - inside), inside, (lower, upper)), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bounds, said",
+    [
+        ((0.0,), r"bounds must be a pair \(lower, upper\); got 1 of them"),
+        ((0.0, np.ones((3, 2, 2))), r"broadcast to .* one example, \(2, 2\) or \(1, 2, 2\); got \(3, 2, 2\)"),
+        ((np.zeros((2, 2, 2)), 1.0), r"got \(2, 2, 2\)"),  # As many as there are examples.
+        ((np.zeros((1, 1, 2, 2)), 1.0), r"got \(1, 1, 2, 2\)"),
+        ((0.0, np.ones(3)), r"got \(3,\)"),
+        ((2.0, 1.0), r"bounds are 2\.0 and 1\.0; the first must nowhere exceed the second"),
+        ((ROW, 1.0), r"bounds are an array of shape \(1, 2\) and 1\.0; the first must nowhere exceed the second"),
+        ((float("nan"), 1.0), "the first must nowhere exceed the second"),
+    ],
+)
+def test_bounds_that_make_no_sense_cost_one_sentence(bounds, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        check_bounds(bounds, X)
+    assert "\n" not in str(caught.value)

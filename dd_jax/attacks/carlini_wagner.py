@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.attacks.deepfool import Options, check_arguments, hoist_for_search, next_rows
 from dd_jax.attacks.gradient import labels_to_leave
 from dd_jax.closures import ApplyFn, Closure, hoist
-from dd_jax.norms import Bounds, check_bounds, is_known, lp_norm, per_example, stay_within
+from dd_jax.norms import Bounds, check_bounds, in_words, is_known, lp_norm, per_example, stay_within
 from dd_jax.types import AttackResult, LogitsFn
 
 REACH = 2.0  # A pixel at its bound starts at 7 % of the speed of one in the middle. 1 and 3 were measured to be worse.
@@ -119,8 +119,8 @@ def carlini_wagner_l2(
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
       inputs: any rank, floating, within the bounds.
       labels: the classes to leave. None: the predicted ones.
-      bounds: (lower, upper), numbers or arrays that broadcast to one example: inputs + perturbation stays within, up to
-        rounding. Components whose bounds are equal never change.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example, with or without a leading axis of size 1:
+        inputs + perturbation stays within, up to rounding. Components whose bounds are equal never change.
       num_steps: iterates in one run, with one constant; the first is the input.
       learning_rate: the largest step of a component of w, of which the box spans 4. More than 0.
       confidence: by how much another logit must exceed the label's. 0 or more.
@@ -150,9 +150,7 @@ def carlini_wagner_l2(
         raise ValueError("bounds is None; this attack needs the range of valid inputs, for example (0.0, 1.0).")
     check_bounds(bounds, inputs)
     if any(is_known(lambda bound=bound: jnp.any(jnp.isinf(jnp.asarray(bound)))) for bound in bounds):
-        raise ValueError(
-            f"bounds are {bounds[0]} and {bounds[1]}; this attack needs a finite range, for example (0.0, 1.0)."
-        )
+        raise ValueError(f"bounds are {in_words(bounds)}; this attack needs a finite range, for example (0.0, 1.0).")
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     labels, right = labels_to_leave(logits_fn, inputs, labels)
     problem = make_problem(logits_fn, inputs, labels, bounds, settings)

@@ -16,7 +16,6 @@ example that has stopped costs nothing more, and one compiled loop body serves a
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks.linear_step import Options, Problem, nearest_step
 from dd_jax.closures import ApplyFn, Closure, hoist, rows_are_interchangeable
-from dd_jax.norms import Norm, check_norm, per_example
+from dd_jax.norms import Bounds, Norm, check_bounds, check_norm, move_within, per_example
 from dd_jax.rewriting import operations
 from dd_jax.types import AttackResult, LogitsFn
 
@@ -66,7 +65,7 @@ def deepfool(
     overshoot: float = 0.02,
     num_candidates: int | None = None,
     classes_at_once: int | None = None,
-    bounds: Sequence[Array | float] | None = None,
+    bounds: Bounds | None = None,
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> AttackResult:
@@ -85,8 +84,8 @@ def deepfool(
       classes_at_once: compute the gradients of at most so many classes at a time, one such part after another. Less memory,
         which holds these gradients and what leads to them, the same result. None: those of all candidates at once, which
         is fastest where there is room.
-      bounds: (lower, upper), floats or arrays that broadcast to one example: iterates and results stay within. None: no
-        clipping, as in the paper.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example, with or without a leading axis of size 1:
+        iterates and results stay within. None: no clipping, as in the paper.
       gradient_offset: added to every component of w before its norm is taken; the authors' code uses 5e-6 on MNIST and 1e-5
         on CIFAR-10. 0 is the clean definition.
       rewrite: False leaves every operation of the net to JAX, slower on a CPU; True and None put faster ones in there,
@@ -106,6 +105,7 @@ def deepfool(
     """
     options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
     check_arguments(inputs, labels, options)
+    check_bounds(bounds, inputs)
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     logits = lax.stop_gradient(checked_logits(logits_fn, inputs, labels))
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -117,7 +117,7 @@ def deepfool(
     found = search(apply_fn, closure, problem, options, active=active, bounds=bounds)
     perturbation = (1 + overshoot) * found.perturbation
     if bounds is not None:
-        perturbation = jnp.where(per_example(active, inputs), clip(inputs + perturbation, bounds) - inputs, 0)
+        perturbation = jnp.where(per_example(active, inputs), move_within(inputs + perturbation, bounds) - inputs, 0)
     success = found.success | ~active
     return AttackResult(perturbation, success, jnp.where(success, found.num_replayable, num_steps))
 
@@ -209,7 +209,7 @@ def search(
     options: Options,
     *,
     active: Bool[Array, " batch"],
-    bounds: Sequence[Array | float] | None = None,
+    bounds: Bounds | None = None,
     record: bool = False,
 ) -> Search:
     """Runs DeepFool on the active examples until all have stopped; with `record`, keeps what a replay needs."""
@@ -225,10 +225,10 @@ def search(
         rows, to = next_rows(jnp.where(state.active, options.num_steps - state.num_replayable, 0), num_rows)
         part = jax.tree.map(lambda x: x[rows], problem)
         before, steps = state.perturbation[rows], state.num_replayable[rows]
-        step, source, target = nearest_step(apply_fn, closure, clip(part.inputs + before, bounds), part, options)
-        after = clip(part.inputs + before + step, bounds) - part.inputs if bounds is not None else before + step
+        step, source, target = nearest_step(apply_fn, closure, move_within(part.inputs + before, bounds), part, options)
+        after = move_within(part.inputs + before + step, bounds) - part.inputs if bounds is not None else before + step
         moved = jnp.any(after != before, axis=tuple(range(1, after.ndim)))
-        overshot = clip(part.inputs + (1 + options.overshoot) * after, bounds)
+        overshot = move_within(part.inputs + (1 + options.overshoot) * after, bounds)
         success = (jnp.argmax(apply_fn(closure, overshot), axis=-1) == part.labels) != part.away
         active = ~success & moved & (steps + 1 < options.num_steps)
         return Search(
@@ -266,8 +266,3 @@ def next_rows(priority: Int[Array, " batch"], num_rows: int) -> tuple[Int[Array,
         return jnp.arange(batch), jnp.where(priority > 0, jnp.arange(batch), batch)
     highest, rows = lax.top_k(priority, num_rows)
     return rows, jnp.where(highest > 0, rows, batch)
-
-
-def clip(x: Array, bounds: Sequence[Array | float] | None) -> Array:
-    """Moves x into the bounds, if there are any."""
-    return x if bounds is None else jnp.clip(x, *bounds)

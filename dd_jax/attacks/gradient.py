@@ -68,7 +68,8 @@ def fgsm(
       labels: the classes to leave. None: the predicted ones.
       epsilon: ||D||_p, in the units of the inputs, 0 or more; one number, or one per example.
       norm: "linf", as published, or "l2", along the normalised gradient.
-      bounds: (lower, upper), numbers or arrays that broadcast to one example: inputs + D stays within. None: no bounds.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example, with or without a leading axis of size 1:
+        inputs + D stays within. None: no bounds.
       freeze: leave alone what is misclassified already: zero perturbation, success, zero steps. False: attack all, as
         adversarial training does.
 
