@@ -11,16 +11,26 @@ import tarfile
 import threading
 import time
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from dd_jax import data
+from dd_jax import data, deepfool
+from dd_jax.attacks import carlini_wagner_l2, fgsm, fgsm_success_curve, minimal_fgsm, pgd
 from dd_jax.data import __main__ as downloads
 from dd_jax.data import preprocessing
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # What the package itself says of wrong arguments.
 
+ATTACKS = (
+    deepfool,
+    carlini_wagner_l2,
+    functools.partial(fgsm, epsilon=0.1),
+    functools.partial(pgd, epsilon=0.1, step_size=0.01),
+    functools.partial(minimal_fgsm, max_epsilon=1.0),
+    functools.partial(fgsm_success_curve, epsilons=(0.1, 0.2)),
+)
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
@@ -237,8 +247,19 @@ def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data", "mnist", "--data_dir", str(tmp_path / "tfds")])
     with pytest.raises(SystemExit, match="^error: mnist could not be downloaded.*no network"):
         downloads.main()
-    with pytest.raises(ValueError, match="'digits' cannot be downloaded: choose one of mnist, cifar10"):
-        downloads.download("digits")
+
+
+@pytest.mark.parametrize("name", ["svhn", "imagenet2012", "CIFAR10", "digits"])
+def test_a_third_set_is_refused_in_one_sentence_and_not_taken_for_cifar10(tmp_path, monkeypatch, name):
+    said = f"{name!r} cannot be downloaded: choose one of mnist, cifar10"
+    with pytest.raises(data.DataError, match=f"^{said}"):
+        downloads.download(name, tmp_path)
+    with pytest.raises(data.DataError, match=f"^{said}"):
+        downloads._builder_class(name)
+    monkeypatch.setattr(sys, "argv", ["data", name, "--data_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=rf"^error: {said} \(digits needs no download.*\)$"):
+        downloads.main()
+    assert not list(tmp_path.iterdir())
 
 
 # Preprocessing
@@ -255,6 +276,10 @@ def test_none_and_mean_image():
     lower, upper = data.bounds(mean_image)
     np.testing.assert_array_equal(lower, mean_image(np.zeros_like(test)))
     np.testing.assert_array_equal(upper, mean_image(np.full_like(test, 255)))
+    for attack in ATTACKS:
+        for fitted in (none, mean_image):
+            run = functools.partial(attack, lambda x: x.reshape(len(x), -1), bounds=data.bounds(fitted))
+            jax.eval_shape(run, np.zeros((3, *train.shape[1:]), np.float32))  # The attacks take these bounds.
     for fitted in (none, mean_image):
         back = data.make_to_images(fitted)(fitted(test))
         np.testing.assert_allclose(back, test / 255, atol=1e-6)

@@ -18,6 +18,7 @@ from dd_jax.data import sources
 
 # Seconds to wait for a first answer; without it TFDS retries for minutes where there is no network.
 CONNECTION_TIMEOUT = 10
+NAMES = ("mnist", "cifar10")
 MNIST_PARTS = ("images-idx3", "labels-idx1")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -31,11 +32,9 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
       data_dir: TFDS's directory; None means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Raises:
-      ValueError: another name.
-      sources.DataError: no network, a failed download, or a missing package.
+      sources.DataError: another name, no network, a failed download, or a missing package.
     """
-    if name not in sources.TFDS_SETS:
-        raise ValueError(f"{name!r} cannot be downloaded: choose one of {', '.join(sources.TFDS_SETS)}")
+    _check_name(name)
     root = sources.data_directory(data_dir)
     try:
         return sources.prepared_directory(name, root)
@@ -65,8 +64,17 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     return sources.prepared_directory(name, root)
 
 
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise sources.DataError(
+            f"{name!r} cannot be downloaded: choose one of {', '.join(NAMES)} (digits needs no download, and other sets"
+            " are prepared by TFDS itself)"
+        )
+
+
 def _builder_class(name: str) -> tuple[type, str]:
     """Returns a builder that is TFDS's own but for unpacking and PNG, where TFDS needs TensorFlow; its URL."""
+    _check_name(name)
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():
@@ -86,7 +94,7 @@ def _builder_class(name: str) -> tuple[type, str]:
                 archive = dl_manager.download(CIFAR10_URL)
                 return {split: cifar10_examples(archive, split) for split in ("train", "test")}
 
-    return (MNIST, MNIST.URL) if name == "mnist" else (Cifar10, CIFAR10_URL)
+    return {"mnist": (MNIST, MNIST.URL), "cifar10": (Cifar10, CIFAR10_URL)}[name]
 
 
 def mnist_examples(image_path: os.PathLike, label_path: os.PathLike) -> Iterator[tuple[int, dict]]:
@@ -119,7 +127,7 @@ def _png(pixels: np.ndarray) -> bytes:
 def main() -> None:
     """Runs the command line; an error that the user can mend is one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m dd_jax.data", description="Downloads a data set, once.")
-    parser.add_argument("name", choices=tuple(sources.TFDS_SETS), help="digits needs no download")
+    parser.add_argument("name", help=f"one of {', '.join(NAMES)}; digits needs no download")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets")
     arguments = parser.parse_args()
     try:
