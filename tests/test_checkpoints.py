@@ -1,5 +1,6 @@
 """Checkpoints: bitwise, never without the latest, whatever is donated, killed or moved to another machine meanwhile."""
 
+import asyncio
 import pathlib
 import shutil
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dd_jax import checkpoints
 from dd_jax.checkpoints import NUM_KEPT, Checkpoints, DamagedCheckpointError
 from dd_jax.training import TrainState
 
@@ -151,3 +153,25 @@ def test_where_the_latest_is_damaged_the_one_before_is_taken_and_its_step_can_be
     ):
         saved.restore(like)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+
+
+def test_reads_under_way_are_waited_for_where_another_has_failed():
+    finished, make_loop = [], asyncio.new_event_loop
+
+    async def read(array):
+        await asyncio.sleep(0 if array == "damaged" else 0.1)
+        if array == "damaged":
+            raise OSError("cannot be read")
+        finished.append(array)
+
+    async def read_all():
+        await asyncio.gather(*map(read, ["a", "damaged", "b"]))
+
+    with checkpoints._loops_that_finish():
+        loop = asyncio.new_event_loop()
+        with pytest.raises(OSError, match="cannot be read"):
+            loop.run_until_complete(read_all())
+        assert not finished
+        loop.close()
+    assert sorted(finished) == ["a", "b"] and loop.is_closed()
+    assert asyncio.new_event_loop is make_loop
