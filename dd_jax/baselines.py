@@ -57,6 +57,7 @@ def adversarial_deepfool_loss(
     num_steps: int = 5,
     overshoot: float = 0.02,
     num_candidates: int | None = None,
+    classes_at_once: int | None = None,
 ) -> Losses:
     """Adversarial training with DeepFool's examples, Adv. Train I of Deep Defense (Moosavi-Dezfooli et al., CVPR 2016).
 
@@ -64,7 +65,8 @@ def adversarial_deepfool_loss(
     Options of DeepFool as in `dd_jax.deepfool`. Metrics: those of `plain_loss`, "adversarial_cross_entropy" and
     "adversarial_correct". ValueError unless mixing_weight is within 0..1.
     """
-    options = dict(norm=norm, num_steps=num_steps, overshoot=overshoot, num_candidates=num_candidates)
+    options = dict(norm=norm, num_steps=num_steps, overshoot=overshoot)
+    options |= dict(num_candidates=num_candidates, classes_at_once=classes_at_once)
     _check_share(mixing_weight=mixing_weight)
     clean, metrics = plain_loss(logits_fn, inputs, labels)
     adversarial, more = _loss_at(logits_fn, inputs, deepfool(logits_fn, inputs, labels, **options).perturbation, labels)

@@ -38,17 +38,48 @@ CHOICES = {
     "fine_tuning.schedule": tuple(training.SCHEDULES),
 }
 NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
+CLASS_LIMITS = ("num_candidates", "classes_at_once")  # Of the evaluation's DeepFool too, whatever the defense. 0: none.
 AT_LEAST_ONE = ("batch_size", "num_steps", "num_parts", "num_binary_search_steps", "carlini_wagner_examples")
 MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
 
 
 def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration in a Python file (`get_config()`), with overrides like `--config.defense.correct_scale=30`."""
+    """The configuration in a Python file (`get_config()`), with overrides like `--config.defense.correct_scale=30`.
+
+    ConfigurationError for whatever makes no sense, and for an override of an option that the chosen defense does not take.
+    A file may set the options of all defenses.
+    """
     config = _load(pathlib.Path(path))
     for override in overrides:
         _apply(config, override)
     check(config)
+    _check_taken(config.defense.name, overrides)
     return config
+
+
+def is_taken(option: str, defense: str) -> bool:
+    """Whether `defense.OPTION` makes a difference to a run with that defense, or to its evaluation."""
+    return option in CLASS_LIMITS or option in baselines.option_names(defense)
+
+
+def defense_option(override: str) -> str | None:
+    """The option of a defense that an override sets; None where it sets another field, or the defense itself."""
+    section, _, option = override.partition("=")[0].removeprefix("--config.").partition(".")
+    return option if section == "defense" and option != "name" else None
+
+
+def _check_taken(defense: str, overrides: Sequence[str]) -> None:
+    given = dict.fromkeys(option for override in overrides if (option := defense_option(override)))
+    others = {
+        f"defense.{option}": ", ".join(name for name in baselines.NAMES if is_taken(option, name)) or "none"
+        for option in given
+        if not is_taken(option, defense)
+    }
+    if others:
+        listed = ", ".join(f"{field} (which is for {names})" for field, names in others.items())
+        raise ConfigurationError(
+            f"The defense {defense!r} does not take {listed}; leave it out, or choose another defense.name."
+        )
 
 
 def _load(path: pathlib.Path) -> ConfigDict:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dd_jax import baselines, data, metrics, models, parallel, pretrained, published, run_log, tensorboard, training
 from dd_jax.checkpoints import Checkpoints
-from dd_jax.configuration import NOT_PART_OF_THE_RUN, ConfigurationError, flatten, load
+from dd_jax.configuration import CLASS_LIMITS, NOT_PART_OF_THE_RUN, ConfigurationError, flatten, load
 from dd_jax.data import Preprocessing
 from dd_jax.feeds import InMemory, Streamed
 from dd_jax.initialisation import centred
@@ -143,14 +143,12 @@ def preprocessing_name(config: ConfigDict) -> str:
     return PAPER_PREPROCESSING[config.data.name]
 
 
-NONE_AS_ZERO = ("num_candidates", "classes_at_once")
-
-
 def defense_options(config: ConfigDict) -> dict[str, Any]:
-    """The options that the chosen defense takes, out of all that the configuration has."""
+    """The options that the chosen defense takes, out of all that the configuration has; `configuration.read` has refused
+    others where they were given on the command line."""
     names = baselines.option_names(config.defense.name)
     options = {name: value for name, value in config.defense.items() if name in names}
-    return {name: (value or None) if name in NONE_AS_ZERO else value for name, value in options.items()}
+    return {name: (value or None) if name in CLASS_LIMITS else value for name, value in options.items()}
 
 
 class Stage(NamedTuple):
@@ -258,7 +256,7 @@ def first_state(experiment: Experiment, stage: Stage) -> training.TrainState:
 
 
 def evaluation_settings(config: ConfigDict) -> metrics.Settings:
-    """What the configuration says about measuring. The number of candidates is the defense's."""
+    """What the configuration says about measuring. The limits on the classes are the defense's."""
     named = {name: value for name, value in config.evaluation.items() if name in metrics.Settings._fields}
-    candidates = {name: config.defense[name] or None for name in NONE_AS_ZERO}
+    candidates = {name: config.defense[name] or None for name in CLASS_LIMITS}
     return metrics.Settings(**named, **candidates)

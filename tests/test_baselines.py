@@ -68,6 +68,21 @@ def test_the_adversarial_half_is_the_loss_at_the_attacked_inputs():
     np.testing.assert_array_equal(metrics["correct"], [1, 1, 1, 1, 1, 0, 0])
     assert found.success.all() and not metrics["adversarial_correct"].any()
 
+    in_parts, _, _ = loss_and_gradient("adversarial_deepfool", mixing_weight=1.0, classes_at_once=1)
+    np.testing.assert_allclose(in_parts, loss, rtol=1e-12)
+    with pytest.raises(ValueError, match="classes_at_once is 0"):  # So it arrives where it makes a difference.
+        loss_and_gradient("adversarial_deepfool", classes_at_once=0)
+    two = dd_jax.deepfool(
+        partial(net, jax.tree.map(jnp.asarray, PARAMS)),
+        jnp.asarray(INPUTS),
+        jnp.asarray(LABELS),
+        num_steps=5,
+        num_candidates=2,
+    ).perturbation
+    assert np.abs(two - found.perturbation).max() > 1e-3
+    loss, _, _ = loss_and_gradient("adversarial_deepfool", mixing_weight=1.0, num_candidates=2, classes_at_once=1)
+    np.testing.assert_allclose(loss, cross_entropy_at(INPUTS + two), rtol=1e-12)
+
     loss, _, _ = loss_and_gradient("adversarial_fgsm", fgsm_weight=1.0, epsilon=0.2)
     slope = jax.grad(lambda x: jnp.sum(-jax.nn.log_softmax(net(PARAMS, x))[jnp.arange(7), LABELS]))(jnp.asarray(INPUTS))
     np.testing.assert_allclose(loss, cross_entropy_at(INPUTS + 0.2 * np.sign(slope)), rtol=1e-12)

@@ -7,7 +7,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from dd_jax import configuration
+from dd_jax import baselines, configuration
 from dd_jax.configuration import ConfigurationError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -136,6 +136,48 @@ def test_overrides_take_the_type_of_the_field():
 )
 def test_a_wrong_override_costs_one_sentence(override, said):
     assert said in refusal(read, override)
+
+
+TAKEN_BY = {
+    "beta": ("parseval",),
+    "mixing_weight": ("adversarial_deepfool",),
+    "epsilon": ("adversarial_fgsm", "deep_defense_fgsm"),
+    "fgsm_weight": ("adversarial_fgsm", "deep_defense_fgsm"),
+    "penalty_weight": ("deep_defense", "deep_defense_fgsm"),
+    "gradient_offset": ("deep_defense", "deep_defense_fgsm"),
+    "num_steps": ("adversarial_deepfool", "deep_defense", "deep_defense_fgsm"),
+    "num_candidates": baselines.NAMES,  # The evaluation keeps to them.
+    "classes_at_once": baselines.NAMES,
+}
+
+
+@pytest.mark.parametrize("option", TAKEN_BY)
+@pytest.mark.parametrize("name", baselines.NAMES)
+def test_an_option_that_the_defense_does_not_take_is_refused_where_it_is_given(option, name):
+    field = f"defense.{option}"
+    override = f"{field}={configuration.flatten(read())[field]}"  # Its default counts as given, too.
+    if name in TAKEN_BY[option]:
+        assert (
+            read(f"defense.name={name}", override).defense.name == read(override, f"defense.name={name}").defense.name
+        )
+        return
+    said = (
+        f"The defense {name!r} does not take {field} (which is for {', '.join(TAKEN_BY[option])}); "
+        "leave it out, or choose another defense.name."
+    )
+    for overrides in ((f"defense.name={name}", override), (override, f"defense.name={name}")):
+        assert refusal(read, *overrides) == said
+
+
+def test_all_options_that_are_not_taken_are_named_and_files_may_set_them(tmp_path):
+    message = refusal(read, "defense.name=clean", "defense.beta=1", "defense.num_candidates=3", "defense.epsilon=1")
+    assert "defense.beta (which is for parseval), defense.epsilon (which is for adversarial_fgsm, " in message
+    assert "num_candidates" not in message
+    path = tmp_path / "mine.py"
+    path.write_text(INHERIT + "config.defense.name = 'clean'\n    config.defense.beta = 0.5\n    return config")
+    assert configuration.read(str(path)).defense.beta == 0.5
+    with pytest.raises(ConfigurationError, match="The defense 'clean' does not take defense.beta"):
+        configuration.read(str(path), ["--config.defense.beta=0.25"])
 
 
 @pytest.mark.parametrize("argument", ["--config.seed", "--workdr=runs/a", "--workdr", "seed=1", "config.seed=1", "-h2"])

@@ -27,8 +27,6 @@ TINY = (
     "reference.num_epochs=3",
     "reference.batch_size=50",
     "reference.learning_rate=0.05",
-    "defense.num_steps=2",
-    "defense.correct_scale=10",
     "fine_tuning.num_epochs=2",
     "fine_tuning.learning_rate=0.002",
     "fine_tuning.batch_size=50",
@@ -36,6 +34,7 @@ TINY = (
     "evaluation.num_steps=5",
     "evaluation.epoch_examples=25",
 )
+TINY_DEFENSE = ("defense.num_steps=2", "defense.correct_scale=10")
 REFERENCE_STEPS, DEFENDED_STEPS, STEPS_PER_EPOCH = 12, 8, 4
 LOG_EVERY = 2
 NEVER = math.inf
@@ -54,6 +53,10 @@ def setting():
 
 def built(workdir, *overrides):
     config = configuration.read(str(CONFIG), [f"--config.{override}" for override in (*TINY, *overrides)])
+    config.defense.num_steps, config.defense.correct_scale = (
+        2,
+        10.0,
+    )  # TINY_DEFENSE, whether the defense takes it or not.
     return experiment.build(config, workdir)
 
 
@@ -230,7 +233,7 @@ command_line.run(train.main)
 def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_path):
     code = SLOW_TRAINING.format(root=str(ROOT), log_every=LOG_EVERY)
     command = [sys.executable, "-c", code, "--config", str(CONFIG), "--workdir", str(tmp_path / "run")]
-    command += [f"--config.{override}" for override in TINY]
+    command += [f"--config.{override}" for override in (*TINY, *TINY_DEFENSE)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
     journal, patience = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
     try:
@@ -431,24 +434,22 @@ def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
 
 @pytest.mark.parametrize("name", baselines.NAMES)
 def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
-    overrides = (
-        "defense.epsilon=0.3",
-        "defense.mixing_weight=0.25",
-        "defense.fgsm_weight=0.75",
-        "defense.beta=0.125",
-        "defense.num_candidates=3",
-    )
-    defense = experiment.make_stage(built(tmp_path, f"defense.name={name}", *overrides), DEFENDED).defense
-    keywords = getattr(defense.loss_fn, "keywords", {}) | getattr(defense.retract, "keywords", {})
     wanted = {
         "epsilon": 0.3,
         "mixing_weight": 0.25,
         "fgsm_weight": 0.75,
         "beta": 0.125,
         "num_candidates": 3,
+        "classes_at_once": 4,
         "num_steps": 2,
     }
+    parts = built(tmp_path, f"defense.name={name}")
+    parts.config.defense.update(wanted)
+    defense = experiment.make_stage(parts, DEFENDED).defense
+    keywords = getattr(defense.loss_fn, "keywords", {}) | getattr(defense.retract, "keywords", {})
     known = baselines.option_names(name)
+    measured = experiment.evaluation_settings(parts.config)
+    assert (measured.num_candidates, measured.classes_at_once) == (3, 4)
     assert {k: v for k, v in keywords.items() if k in wanted} == {k: v for k, v in wanted.items() if k in known}
 
 

@@ -139,7 +139,7 @@ def test_evaluating_measures_the_same_again_wherever_the_run_lies(finished, tmp_
 
 def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    nothing = ("reference.num_epochs=0", "fine_tuning.num_epochs=0", "defense.name=clean")
+    nothing = ("reference.num_epochs=0", "fine_tuning.num_epochs=0")
     code, out, err = run("train", "--config", CONFIG, *overrides(*nothing))
     assert (code, err) == (0, "") and (tmp_path / "runs/digits_mlp/report.json").exists()
     assert "The reference net has random weights: reference.source is empty" in out
@@ -164,6 +164,7 @@ def refused(directory, script, *arguments):
     {
         "defense.nope=1": "There is no field 'defense.nope' in the configuration; did you mean ",
         "reference.batch_size=abc": "reference.batch_size is 'abc'; it must be a whole number",
+        "defense.name=clean": "The defense 'clean' does not take defense.num_steps (which is for adversarial_deepfool, ",
         "seed=1.5": "seed is '1.5'; it must be a whole number",
         "model.name=vgg": "model.name is 'vgg'; it must be one of mlp, ",
         "fine_tuning.batch_size=201": "fine_tuning.batch_size is 201, but there are only 200 training examples",
