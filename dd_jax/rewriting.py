@@ -173,18 +173,18 @@ def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
     return pooled.transpose(*(order.index(axis) for axis in range(4)))
 
 
-def _call(params: dict[str, Any], *arguments: Array) -> Sequence[Array]:
+def _call(params: dict[str, Any], *arguments: Any) -> Sequence[Any]:
     return _evaluate(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], arguments)
 
 
-def _checkpoint(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
+def _checkpoint(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None:
     if params["jaxpr"].effects:
         return None
     inner = lambda *inputs: _evaluate(params["jaxpr"], inputs)
     return jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(*arguments)
 
 
-def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
+def _scan(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None:
     if "ft_in" in params:
         sizes, kept = ([len(part) for part in params[name].unpack()] for name in ("ft_in", "ft_out"))
     else:
@@ -195,7 +195,7 @@ def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
     first, num_carry, _ = sizes
     constants, carry, slices = arguments[:first], arguments[first : first + num_carry], arguments[first + num_carry :]
 
-    def body(carry: Sequence[Array], slices: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+    def body(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         results = _evaluate(params["jaxpr"], [*constants, *carry, *slices])
         return results[:num_carry], results[num_carry:]
 
@@ -204,14 +204,14 @@ def _scan(params: dict[str, Any], *arguments: Array) -> Sequence[Array] | None:
     return [*carry, *stacked]
 
 
-def _cond(params: dict[str, Any], index: Array, *arguments: Array) -> Sequence[Array] | None:
+def _cond(params: dict[str, Any], index: Any, *arguments: Any) -> Sequence[Any] | None:
     if any(branch.effects for branch in params["branches"]):
         return None
     branches = [lambda *inputs, b=branch: _evaluate(b, inputs) for branch in params["branches"]]
     return lax.switch(index, branches, *arguments)
 
 
-CONTROL_FLOW: dict[str, Callable[..., Sequence[Array] | None]] = {
+CONTROL_FLOW: dict[str, Callable[..., Sequence[Any] | None]] = {
     "jit": _call,
     "closed_call": _call,
     "eval_jaxpr": _call,
