@@ -1,9 +1,10 @@
 """What must be so before the tests import JAX, and what the tests of the core share.
 
-Two fake CPU devices, so that `pmap` is tested without hardware; a compilation cache beside the project, so that a
-second run is quick; implicit rank promotion is an error; the library's annotations are checked at every call.
+Two fake CPU devices, so that `pmap` is tested without hardware; a compilation cache beside the project, one per version of
+JAX, so that a second run is quick; implicit rank promotion is an error; the library's annotations are checked at every call.
 """
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -11,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=2".strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache" / importlib.metadata.version("jaxlib")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
