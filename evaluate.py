@@ -38,5 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    xla_settings.apply()
-    command_line.run(main)
+    command_line.run(main, xla_settings.apply().sentence)

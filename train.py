@@ -75,5 +75,4 @@ def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    xla_settings.apply()
-    command_line.run(main)
+    command_line.run(main, xla_settings.apply().sentence)

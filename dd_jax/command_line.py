@@ -82,9 +82,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], remark: str = "") -> None:
     """Runs a script's main function: exit code 1 with one sentence for errors of use, 130 when interrupted, 143 when
-    asked to end (SIGTERM). One of several processes that fails ends without waiting for the others."""
+    asked to end (SIGTERM). One of several processes that fails ends without waiting for the others. `remark`: to be said on
+    stderr before."""
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
     try:
         main()
     except USER_ERRORS as error:

@@ -1,39 +1,77 @@
-"""XLA settings that make the library faster on a CPU; `train.py` and `evaluate.py` apply them.
+"""XLA's settings for a CPU: the fastest ones under which it computes rightly.
 
-    import dd_jax.xla_settings
-    dd_jax.xla_settings.apply()       # before JAX computes anything
+    from dd_jax import xla_settings
+    xla_settings.apply()              # before JAX computes anything
 
-On a 2-core AMD EPYC they make a ConvNet's Deep Defense step about twice as fast (benchmarks/README.md).
+`train.py`, `evaluate.py` and the benchmarks do so. Whether XLA computes rightly is what `dd_jax.canary` says.
 """
 
-import importlib.metadata
 import os
+from typing import NamedTuple
 
-FLAGS = {
-    # Which operations XLA hands to its YNNPACK kernels. The default also hands over convolutions one by one, which is slower
-    # for few channels, and not those that have elementwise neighbours, which is where it pays.
-    "--xla_cpu_experimental_ynn_fusion_type": "dot,eltwise,reduce",
-}
-KNOWN_VERSIONS = (
-    "0.10.2",
-)  # Of jaxlib. XLA aborts the process on a flag that it does not know, so this is a list, not a range.
+from dd_jax import canary
 
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+"""Which operations XLA hands to its YNNPACK kernels, a list; with an empty one, none."""
+CANDIDATES = ((), (f"{FLAG}=",))
+"""Sets of flags, fastest first as measured (benchmarks/README.md): XLA's own choice, and nothing handed to YNNPACK.
 
-def flags_to_add(jaxlib_version: str, present: str) -> list[str]:
-    """The flags that may be added to `present`, the user's own XLA_FLAGS; none for a version that is not known to take them."""
-    if jaxlib_version not in KNOWN_VERSIONS:
-        return []
-    return [f"{name}={value}" for name, value in FLAGS.items() if name not in present]
+On jaxlib 0.10.2 the first computes wrongly, on 0.12.0.1 it is right and the faster one. No list with "eltwise" is among them: it
+computes wrongly on both, and "dot" and "reduce" on 0.10.2.
+"""
 
 
-def apply() -> list[str]:
-    """Adds the flags to XLA_FLAGS and returns those added.
+class Settings(NamedTuple):
+    """What was done: the flags added to XLA_FLAGS, the canary's failures under the result, and a sentence, "" if all is plain."""
 
-    Only flags that the installed jaxlib is known to accept, and never over one that the user has set. Has an effect if called
-    before JAX's first computation, and on CPU only; elsewhere the flags are read and not used.
+    added: tuple[str, ...]
+    failures: tuple[str, ...]
+    sentence: str
+
+
+def apply() -> Settings:
+    """Adds to XLA_FLAGS the first of CANDIDATES under which the canary passes, and says which.
+
+    Has an effect before JAX's first computation, and on CPUs only; elsewhere the flag is read and not used. A value that the
+    user has set for the flag stays; where the canary fails under it the sentence says so. Takes a few seconds where the canary
+    has not run yet under these flags, and nothing later. Nothing is done where JAX_PLATFORMS leaves CPUs out.
     """
     present = os.environ.get("XLA_FLAGS", "")
-    added = flags_to_add(importlib.metadata.version("jaxlib"), present)
-    if added:
-        os.environ["XLA_FLAGS"] = " ".join([present, *added]).strip()
-    return added
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        return Settings((), (), "")
+    if _jax_has_started():
+        return Settings(
+            (), (), "JAX has started already, so XLA_FLAGS stay as they are; apply them before it computes."
+        )
+    if FLAG in present:
+        failures = canary.failures_under(present)
+        return Settings((), failures, _sentence_of_failures(present, failures))
+    failures: tuple[str, ...] = ()
+    for added in CANDIDATES:
+        flags = " ".join([present, *added]).strip()
+        if not (failures := canary.failures_under(flags)):
+            if added:
+                os.environ["XLA_FLAGS"] = flags
+            return Settings(
+                added, (), f"XLA on the CPU: {' '.join(added)}, as without it the canary fails." if added else ""
+            )
+    return Settings((), failures, _sentence_of_failures(present, failures))
+
+
+def _sentence_of_failures(flags: str, failures: tuple[str, ...]) -> str:
+    if not failures:
+        return ""
+    return (
+        f"XLA computes wrongly on this CPU with XLA_FLAGS={flags!r} ({', '.join(failures)}; see dd_jax.canary): {canary.REMEDY}, "
+        "or use another version of jaxlib."
+    )
+
+
+def _jax_has_started() -> bool:
+    try:
+        from jax._src import xla_bridge  # JAX has no public way to ask.
+
+        return bool(xla_bridge.backends_are_initialized())
+    except (ImportError, AttributeError):
+        return False

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CORE = (
     "dd_jax.types",
     "dd_jax.norms",
+    "dd_jax.canary",
     "dd_jax.xla_settings",
     "dd_jax.linear",
     "dd_jax.pooling",

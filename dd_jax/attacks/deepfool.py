@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dd_jax import canary
 from dd_jax.attacks.linear_step import Options, Problem, nearest_step
 from dd_jax.closures import ApplyFn, Closure, hoist, rows_are_interchangeable
 from dd_jax.norms import Bounds, Norm, check_bounds, check_norm, move_within, per_example
@@ -123,7 +124,8 @@ def deepfool(
 
 
 def check_arguments(inputs: Array, labels: Array | None, options: Options) -> None:
-    """Raises ValueError, at trace time, for shapes, types and options that make no sense."""
+    """Raises ValueError, at trace time, for shapes, types and options that make no sense; every public function comes here."""
+    canary.warn_once()
     check_norm(options.norm)
     if inputs.ndim < 2 or not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(
