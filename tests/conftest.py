@@ -22,7 +22,10 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jaxtyping.install_import_hook("dd_jax", "beartype.beartype")
+from dd_jax import xla_settings  # noqa: E402
 from dd_jax.attacks import deepfool as deepfool_module  # noqa: E402
+
+xla_settings.apply()  # JAX has not computed yet: the tests run under the flags that the commands run under.
 
 
 @pytest.fixture
