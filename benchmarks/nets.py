@@ -1,6 +1,15 @@
-"""The nets that are measured: trained briefly on real data, or read from files."""
+"""The nets that are measured: trained briefly on real data, or read from files.
 
+    python benchmarks/nets.py --data_dir DIR --export OUT [--nets mlp lenet convnet nin] [--workdir runs/benchmark]
+
+trains them as benchmarks/speed.py does (those that it has trained already are taken from its workdir) and writes
+OUT/NAME.npz: "param/NAME" arrays under PyTorch's names, "input/images" (1000, channels, height, width) and "input/labels". With
+`--weights OUT`, speed.py and authors.py measure the same nets on the same images, also where there is no data set.
+"""
+
+import argparse
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dd_jax import configuration, experiment, initialisation, pretrained, runs, training
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dd_jax import (  # noqa: E402
+    configuration,
+    experiment,
+    initialisation,
+    models,
+    pretrained,
+    runs,
+    training,
+    xla_settings,
+)
+
 CONFIGS = {"mlp": "mnist_mlp", "lenet": "mnist_lenet", "convnet": "cifar_convnet", "nin": "cifar_nin"}
 TRAINING_STEPS = {"mlp": 1200, "lenet": 1200, "convnet": 600, "nin": 300}
 TRAIN_LIMIT = {"nin": 10000}  # What it sees in its few steps; the others, which are quicker, get all images.
 NIN_BATCH, NIN_RATE = 32, 0.03
+NUM_IMAGES = 1000
+MAPS = {("lenet", "fc1"): (4, 4, 50)}  # Linear layers that read maps of several channels: (height, width, channels).
 
 Net = Callable[[Any, jax.Array], jax.Array]
 
@@ -27,26 +49,62 @@ def load(
     """A net as (apply_fn, params), and 1000 training images and their labels, preprocessed as its configuration says.
 
     With `weights`, a folder of NAME.npz files of PyTorch-named arrays (each name as it is or after "param/"), the net is read
-    from there; otherwise trained, once per workdir.
+    from there; otherwise trained, once per workdir. Without `data_dir` the images of such a file, "input/images", are taken too.
     """
-    overrides = [f"--config.data.dir={data_dir}", f"--config.reference.max_steps={TRAINING_STEPS[name]}"]
-    overrides += [f"--config.data.train_limit={TRAIN_LIMIT.get(name, 0)}"]
-    config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
-    parts = experiment.build(config, workdir / name)
-    inputs, labels = jnp.asarray(parts.feed.train_inputs[:1000]), jnp.asarray(parts.feed.data.train_labels[:1000])
-    if weights is not None:
-        with np.load(weights / f"{name}.npz") as arrays:
-            named = {key.removeprefix("param/"): arrays[key] for key in arrays.files}
-        params = pretrained.from_torch(
-            name, {key: value for key, value in named.items() if "/" not in key and "." in key}
-        )
-    elif name == "nin":
-        params = trained_nin(parts, workdir / name / "params.npz")
+    arrays = read(weights / f"{name}.npz") if weights is not None else {}
+    if "input/images" in arrays and not data_dir:
+        model, images = models.create(name), np.float32(arrays["input/images"]).transpose(0, 2, 3, 1)
+        params, labels = from_torch(name, arrays), arrays["input/labels"].astype(np.int32)
     else:
-        configuration.claim_directory(config, workdir / name)
-        params = runs.reference_state(parts).params
-    apply_fn = lambda params, x: training.make_logits_fn(parts.model, params, {})(x)
-    return apply_fn, jax.tree.map(jnp.asarray, params), inputs, labels
+        overrides = [f"--config.data.dir={data_dir}", f"--config.reference.max_steps={TRAINING_STEPS[name]}"]
+        overrides += [f"--config.data.train_limit={TRAIN_LIMIT.get(name, 0)}"]
+        config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
+        parts = experiment.build(config, workdir / name)
+        model = parts.model
+        images, labels = parts.feed.train_inputs[:NUM_IMAGES], parts.feed.data.train_labels[:NUM_IMAGES]
+        if arrays:
+            params = from_torch(name, arrays)
+        elif name == "nin":
+            params = trained_nin(parts, workdir / name / "params.npz")
+        else:
+            configuration.claim_directory(config, workdir / name)
+            params = runs.reference_state(parts).params
+    apply_fn = lambda params, x: training.make_logits_fn(model, params, {})(x)
+    return apply_fn, jax.tree.map(jnp.asarray, params), jnp.asarray(images), jnp.asarray(labels)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of a file."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def from_torch(name: str, arrays: dict[str, np.ndarray]) -> Any:
+    """The parameters among PyTorch-named arrays, which may begin with "param/"."""
+    named = {key.removeprefix("param/"): array for key, array in arrays.items()}
+    return pretrained.from_torch(name, {key: array for key, array in named.items() if "/" not in key and "." in key})
+
+
+def to_torch(name: str, params: Any) -> dict[str, np.ndarray]:
+    """The parameters under PyTorch's names and in its layout; what `pretrained.from_torch` undoes."""
+    named = {}
+    for (layer, leaf), array in flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, params)).items():
+        if (name, layer) in MAPS and leaf == "kernel":
+            array = array.reshape(*MAPS[name, layer], -1).transpose(3, 2, 0, 1).reshape(array.shape[1], -1)
+        elif leaf == "kernel":
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        named[f"{layer}.{'weight' if leaf == 'kernel' else leaf}"] = array
+    return named
+
+
+def export(name: str, params: Any, images: jax.Array, labels: jax.Array, folder: pathlib.Path) -> pathlib.Path:
+    """Writes a net and its images as NAME.npz, see the module's docstring; AssertionError unless it reads back the same."""
+    arrays = {f"param/{key}": array for key, array in to_torch(name, params).items()}
+    jax.tree.map(np.testing.assert_array_equal, from_torch(name, arrays), jax.tree.map(np.asarray, params))
+    inputs = {"input/images": np.asarray(images).transpose(0, 3, 1, 2), "input/labels": np.asarray(labels, np.int64)}
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{name}.npz", **arrays, **inputs)
+    return folder / f"{name}.npz"
 
 
 def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
@@ -78,3 +136,20 @@ def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
             print(f"nin: step {number}, cross-entropy {value:.3f}", flush=True)
     np.savez(path, **flax.traverse_util.flatten_dict(params, sep="/"))
     return params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/benchmark"))
+    parser.add_argument("--nets", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--export", type=pathlib.Path, required=True)
+    arguments = parser.parse_args()
+    for name in arguments.nets:
+        _, params, images, labels = load(name, arguments.data_dir, arguments.workdir)
+        print(f"written to {export(name, params, images, labels, arguments.export)}", flush=True)
+
+
+if __name__ == "__main__":
+    xla_settings.apply()
+    main()
