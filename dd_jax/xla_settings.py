@@ -33,8 +33,9 @@ def apply() -> Settings:
     """Adds to XLA_FLAGS the first of CANDIDATES under which the canary passes, and says which.
 
     Has an effect before JAX's first computation, and on CPUs only; elsewhere the flag is read and not used. A value that the
-    user has set for the flag stays; where the canary fails under it the sentence says so. Takes a few seconds where the canary
-    has not run yet under these flags, and nothing later. Nothing is done where JAX_PLATFORMS leaves CPUs out.
+    user has set for the flag stays, and so do XLA_FLAGS that name a file; where the canary fails under them the sentence says so.
+    Where the canary cannot be run, nothing is added. Takes a few seconds where the canary has not run yet under these flags, and
+    nothing later. Nothing is done where JAX_PLATFORMS leaves CPUs out.
     """
     present = os.environ.get("XLA_FLAGS", "")
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -44,24 +45,30 @@ def apply() -> Settings:
         return Settings(
             (), (), "JAX has started already, so XLA_FLAGS stay as they are; apply them before it computes."
         )
-    if FLAG in present:
-        failures = canary.failures_under(present)
-        return Settings((), failures, _sentence_of_failures(present, failures))
-    failures: tuple[str, ...] = ()
-    for added in CANDIDATES:
+    is_file = bool(present.strip()) and not present.strip().startswith("--")  # XLA takes it for a file of flags.
+    candidates = ((),) if FLAG in present or is_file else CANDIDATES
+    under_present = None
+    for added in candidates:
         flags = " ".join([present, *added]).strip()
-        if not (failures := canary.failures_under(flags)):
+        failures = canary.failures_under(flags)
+        if failures == ():
             if added:
                 os.environ["XLA_FLAGS"] = flags
-            return Settings(
-                added, (), f"XLA on the CPU: {' '.join(added)}, as without it the canary fails." if added else ""
-            )
-    return Settings((), failures, _sentence_of_failures(present, failures))
+            return Settings(added, (), _sentence_of_choice(added))
+        under_present = under_present if added else failures
+    return Settings((), under_present or (), _sentence_of_failures(present, under_present))
 
 
-def _sentence_of_failures(flags: str, failures: tuple[str, ...]) -> str:
-    if not failures:
-        return ""
+def _sentence_of_choice(added: tuple[str, ...]) -> str:
+    return f"XLA on the CPU: {' '.join(added)}, as without it the canary fails." if added else ""
+
+
+def _sentence_of_failures(flags: str, failures: tuple[str, ...] | None) -> str:
+    if failures is None:
+        return (
+            "Whether XLA computes rightly on this CPU could not be seen, as no process could be started for it or it was ended; "
+            f"XLA_FLAGS stay as they are, {flags!r}."
+        )
     return (
         f"XLA computes wrongly on this CPU with XLA_FLAGS={flags!r} ({', '.join(failures)}; see dd_jax.canary): {canary.REMEDY}, "
         "or use another version of jaxlib."

@@ -1,6 +1,7 @@
 """The canary tells right from wrong, knows what it has seen, and warns once, wherever the first call comes from."""
 
 import json
+import sys
 import warnings
 
 import jax
@@ -47,7 +48,6 @@ def test_the_programs_know_the_right_result_and_find_wrong_ones():
     right = canary.Program(lambda x: 2 * x, (np.arange(3, dtype=np.float32),), np.array([0.0, 2.0, 4.0]))
     assert canary.is_right(right) and not canary.is_right(right._replace(right=np.array([0.0, 2.0, 4.001])))
     assert not canary.is_right(right._replace(right=np.array([0.0, 2.0, 4.0]), run=lambda x: x * np.nan))
-    assert not canary.is_right(right._replace(run=lambda x: 1 / 0))
 
 
 def test_a_new_process_computes_rightly_under_the_flags_that_are_shipped_and_wrongly_under_others(cache):
@@ -56,6 +56,39 @@ def test_a_new_process_computes_rightly_under_the_flags_that_are_shipped_and_wro
     assert "pairs" in wrong  # On every jaxlib so far; where this fails, the list of candidates may grow.
     assert canary.failures_under("--xla_no_such_flag=1") == tuple(canary.programs())
     assert len(json.loads(cache.read_text())) == 3
+
+
+def test_neither_jaxs_own_settings_nor_the_working_directory_change_what_is_seen(cache, tmp_path, monkeypatch):
+    seen = canary.failures_under("--xla_cpu_experimental_ynn_fusion_type=eltwise")
+    cache.unlink()
+    monkeypatch.setenv("JAX_DISABLE_JIT", "1")  # Single operations would be right.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dd_jax.py").write_text("raise ImportError")
+    assert canary.failures_under("--xla_cpu_experimental_ynn_fusion_type=eltwise") == seen and "pairs" in seen
+
+
+@pytest.mark.parametrize(
+    "program, found",
+    [
+        ("print('begun row_products high_rank_sum')", ("pairs",)),
+        ("import os; print('begun row_products pairs', flush=True); os.abort()", ("high_rank_sum",)),
+        ("import time; print('begun row_products pairs', flush=True); time.sleep(60)", ("high_rank_sum",)),
+        ("import sys; sys.exit('Unknown flag in XLA_FLAGS')", ("row_products", "pairs", "high_rank_sum")),
+        ("import os; print('begun row_products', flush=True); os.kill(os.getpid(), 9)", None),
+        ("print('begun row_products pairs'); exit(1)", None),
+        ("raise MemoryError", None),
+        ("import time; time.sleep(60)", None),
+        (None, None),
+    ],
+)
+def test_what_says_nothing_about_xla_is_no_verdict_and_not_kept(cache, program, found, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    if program:
+        python.write_text(f"#!{sys.executable}\n{program}\n")
+        python.chmod(0o755)
+    monkeypatch.setattr(canary.sys, "executable", str(python))
+    monkeypatch.setattr(canary, "SECONDS", 1.0)
+    assert canary.failures_under("--a=1") == found and cache.exists() == (found is not None)
 
 
 def test_what_was_seen_is_kept_by_version_and_flags(cache, asked, monkeypatch):
@@ -106,6 +139,15 @@ def test_a_wrong_jax_is_warned_of_once(how, unwarned, unchecked, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         margin(X)
+
+
+def test_a_program_that_jax_refuses_to_run_is_not_taken_for_a_wrong_one(unwarned, unchecked, monkeypatch):
+    refused = canary.Program(lambda x: 1 / 0, (np.zeros(3, np.float32),), np.zeros(3))
+    monkeypatch.setattr(canary, "programs", lambda: {"refused": refused})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        margin(X)
+    assert canary._warned.is_set()
 
 
 def test_a_right_jax_is_not_warned_of_nor_one_that_is_told_not_to_look(unwarned, monkeypatch):

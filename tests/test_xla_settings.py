@@ -90,6 +90,20 @@ def test_the_users_own_flag_stands_and_is_looked_at(environment, monkeypatch, va
     assert bool(said.failures) == bool(said.sentence) == is_wrong
 
 
+def test_a_file_of_flags_stands_and_is_looked_at(environment, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "/some/file")
+    asked = failing(monkeypatch, "")
+    assert xla_settings.apply().failures == ("pairs",)
+    assert asked == ["/some/file"] == [os.environ["XLA_FLAGS"]]
+
+
+def test_where_the_canary_cannot_be_run_nothing_is_added_and_nothing_is_called_wrong(environment, monkeypatch):
+    monkeypatch.setattr(canary, "failures_under", lambda flags: None)
+    added, failures, sentence = xla_settings.apply()
+    assert (added, failures) == ((), ()) and "could not be seen" in sentence and "wrongly" not in sentence
+    assert os.environ["XLA_FLAGS"] == OTHERS
+
+
 def test_nothing_is_done_where_jax_may_not_use_the_cpu(environment, monkeypatch):
     asked = failing(monkeypatch, "")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
