@@ -4,7 +4,8 @@
 
 trains them as benchmarks/speed.py does (those that it has trained already are taken from its workdir) and writes
 OUT/NAME.npz: "param/NAME" arrays under PyTorch's names, "input/images" (1000, channels, height, width) and "input/labels". With
-`--weights OUT`, speed.py and authors.py measure the same nets on the same images, also where there is no data set.
+`--weights OUT`, speed.py and authors.py measure the same nets on the same images, also where there is no data set. With
+`--random` instead of `--data_dir DIR` they are untrained nets on noise, each image labelled as its net says: something to run.
 """
 
 import argparse
@@ -97,6 +98,15 @@ def to_torch(name: str, params: Any) -> dict[str, np.ndarray]:
     return named
 
 
+def drawn(name: str) -> tuple[Any, jax.Array, jax.Array]:
+    """An untrained net's parameters, 1000 images of uniform noise within 0..1 and what the net says of them; seeded."""
+    model = models.create(name)
+    images = jax.random.uniform(jax.random.key(1), (NUM_IMAGES, *models.input_shape(name)))
+    params = initialisation.centred(model, model.init(jax.random.key(0), images[:1])["params"], images[:50])
+    logits = jnp.concatenate([model.apply({"params": params}, part) for part in jnp.split(images, 10)])
+    return params, images, jnp.argmax(logits, axis=-1)
+
+
 def export(name: str, params: Any, images: jax.Array, labels: jax.Array, folder: pathlib.Path) -> pathlib.Path:
     """Writes a net and its images as NAME.npz, see the module's docstring; AssertionError unless it reads back the same."""
     arrays = {f"param/{key}": array for key, array in to_torch(name, params).items()}
@@ -140,13 +150,19 @@ def trained_nin(parts: experiment.Experiment, path: pathlib.Path) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default="")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_dir")
+    source.add_argument("--random", action="store_true")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/benchmark"))
     parser.add_argument("--nets", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--export", type=pathlib.Path, required=True)
+    parser.add_argument(
+        "--num_images", type=int, default=NUM_IMAGES, help=f"at most {NUM_IMAGES}; fewer are easier to send"
+    )
     arguments = parser.parse_args()
     for name in arguments.nets:
-        _, params, images, labels = load(name, arguments.data_dir, arguments.workdir)
+        one = drawn(name) if arguments.random else load(name, arguments.data_dir, arguments.workdir)[1:]
+        params, images, labels = one[0], *(array[: arguments.num_images] for array in one[1:])
         print(f"written to {export(name, params, images, labels, arguments.export)}", flush=True)
 
 

@@ -4,9 +4,10 @@
         [--weights DIR] [--batches 20 100] [--out FILE]
 
 Every net is first trained briefly on real data (kept in --workdir, so that a second run starts at once): the numbers of DeepFool
-steps are then those of training. With --weights they are read from DIR/NAME.npz (PyTorch-named arrays) instead. Each net is
-measured in a process of its own, so that its peak memory is its own. Prints tables and writes everything as JSON, with device
-and versions. foolbox is optional: `pip install foolbox`.
+steps are then those of training. With --weights they are read from DIR/NAME.npz (PyTorch-named arrays) instead, and without
+--data_dir so are the images, as benchmarks/nets.py writes them. Each net is measured in a process of its own, so that its peak
+memory is its own. Prints tables and writes everything as JSON, with device and versions. foolbox is optional: `pip install
+foolbox`. A flag that XLA_FLAGS holds already stays as it is. benchmarks/authors.py measures the authors' step on the same nets.
 
 The floor is (K + 8) F per DeepFool step taken, F being the operations of one forward pass and K the number of classes, at the
 rate of a 2000 x 2000 float32 matrix product on this machine at this moment; `of floor` is that time over the one measured.
@@ -62,7 +63,7 @@ def measure_step(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Arra
 
     step, compile_seconds = compiled(jax.value_and_grad(deep_defense, has_aux=True), params, inputs, labels)
     plain_step, _ = compiled(jax.value_and_grad(plain), params, inputs, labels)
-    (_, num_steps), _ = step(params, inputs, labels)
+    (loss, num_steps), _ = step(params, inputs, labels)
     seconds = timed(lambda: step(params, inputs, labels))
     forward = operations(apply_fn, params, inputs)
     classes = jax.eval_shape(apply_fn, params, inputs).shape[1]
@@ -71,6 +72,7 @@ def measure_step(apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Arra
         "seconds": seconds,
         "images_per_second": batch / seconds,
         "plain_steps": seconds / timed(lambda: plain_step(params, inputs, labels)),
+        "loss": float(loss),
         "deepfool_steps": float(num_steps),
         "forward_megaflops_per_image": forward / batch / 1e6,
         "of_floor": float(num_steps) * (classes + 8) * forward / rate / seconds,
@@ -150,7 +152,8 @@ def measure_net(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     apply_fn, params, inputs, labels = nets.load(name, arguments.data_dir, arguments.workdir, arguments.weights)
     parts, batches, rate = arguments.parts, arguments.batches or BATCHES[name], matrix_rate()
     accuracy = jnp.mean(jnp.argmax(jax.jit(apply_fn)(params, inputs), axis=-1) == labels)
-    result: dict[str, Any] = {"net": name, "matrix_gflops": rate / 1e9, "accuracy": float(accuracy)}
+    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {os.cpu_count()} cores"
+    result: dict[str, Any] = {"net": name, "device": device, "matrix_gflops": rate / 1e9, "accuracy": float(accuracy)}
     if "step" in parts:
         result["step"] = [measure_step(apply_fn, params, inputs[:b], labels[:b], rate) for b in batches]
     if "deepfool" in parts:
@@ -228,14 +231,15 @@ def main() -> None:
         subprocess.run(command, check=True)
         results.append(json.loads(part.read_text()))
         part.unlink()
-    device = jax.devices()[0]
-    everything = {
-        "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} cores",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "packages": {package: version_of(package) for package in PACKAGES},
-        "nets": results,
-    }
-    arguments.out.write_text(json.dumps(everything, indent=2) + "\n")
+        everything = {
+            "device": results[0][
+                "device"
+            ],  # As the child says: here JAX must not start, as it would take the card's memory.
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "packages": {package: version_of(package) for package in PACKAGES},
+            "nets": results,
+        }
+        arguments.out.write_text(json.dumps(everything, indent=2) + "\n")  # After every net, should the next one fail.
     print(f"\n{everything['device']}, jaxlib {everything['packages']['jaxlib']}, XLA_FLAGS {everything['xla_flags']!r}")
     print(f"{tables(results)}\nwritten to {arguments.out}")
 

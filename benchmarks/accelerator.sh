@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# All that a machine with an accelerator has to say, in one command of less than ten minutes.
+#
+#   bash benchmarks/accelerator.sh            there, in the project's root: the canary, benchmarks/speed.py, the authors' step
+#                                             through PyTorch on the same card, the tests; what they print goes to $OUT
+#   bash benchmarks/accelerator.sh wheels     before that, where there is a network: what that machine lacks, into .whl/
+#
+# Every part has a time limit of its own. A part that fails is named, and the next one begins; the exit code is the number of
+# parts that failed. The nets are those of runs/weights (`python benchmarks/nets.py --data_dir DIR --export runs/weights
+# --num_images 200`, which are 15 MB), or else untrained ones on noise. That folder and .whl are not part of the checkout: bring
+# them along. speed.py runs in JAX's default precision, which on NVIDIA rounds the factors of products to 10 bits, and in full
+# float32; so does the authors' step (--tf32). The tests run in full float32; those that want two devices fail where there is one.
+#
+# Variables: OUT (runs/accelerator), PYTHON (python3), TORCH_PYTHON (PYTHON's), DEVICE (cuda; PyTorch's name for it), NETS, BATCHES,
+# TESTS (tests; or files of it), WORKERS (6 processes of pytest, 0: one, without pytest-xdist), PERCENT (100; of the time limits).
+# Not measured on an accelerator so far: none was lent. Run on a CPU with DEVICE=cpu to see that it works.
+
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3}
+LACKING="ml-collections tensorflow-datasets array-record grain importlib-resources beartype tensorboardX immutabledict dm-tree
+    simple-parsing docstring-parser tensorflow-metadata googleapis-common-protos termcolor toml more-itertools"
+
+if [ "$1" = wheels ]; then
+    mkdir -p .whl
+    platforms=$(for n in 28 27 24 17 12 5; do echo "--platform manylinux_2_${n}_x86_64"; done)
+    $PYTHON -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms \
+        --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform any -d .whl $LACKING || exit 1
+    $PYTHON -m pip wheel -q --no-deps -w .whl promise  # It comes as source alone; pure Python.
+    exit
+fi
+
+export OUT=${OUT:-runs/accelerator} PYTHONUNBUFFERED=1
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && WORK=$(mktemp -d) || exit 1
+TORCH_PYTHON=${TORCH_PYTHON:-$PYTHON} DEVICE=${DEVICE:-cuda} TESTS=${TESTS:-tests} WORKERS=${WORKERS:-6}
+NETS=${NETS:-mlp lenet convnet nin} WEIGHTS=runs/weights
+if ls .whl/*.whl >/dev/null 2>&1; then
+    $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$WORK/site" .whl/*.whl &&
+        export PYTHONPATH="$WORK/site:$PYTHONPATH"
+fi
+FAILED=()
+
+# part NAME SECONDS COMMAND...: runs it into $OUT/NAME.log (a second part of that name is added to it).
+part() {
+    local name=$1 limit=$(($2 * ${PERCENT:-100} / 100)) code start=$SECONDS
+    shift 2
+    printf '\n$ %s\n' "$*" >>"$OUT/$name.log"
+    timeout -s INT -k 10 "$limit" "$@" >>"$OUT/$name.log" 2>&1
+    code=$?
+    if [ $code = 0 ]; then
+        say "$name: done in $((SECONDS - start)) s"
+    else
+        FAILED+=("$name")
+        [ $code = 124 ] && say "$name: FAILED, stopped at its limit of $limit s after $((SECONDS - start)) s: $*" || say "$name: FAILED with $code: $*"
+    fi
+    tail -n 25 "$OUT/$name.log"
+}
+
+say() { echo "== $*" | tee -a "$OUT/summary.log"; }
+
+rm -f "$OUT"/{summary,environment,nets,canary,speed,authors,tests}.log
+part environment 20 $PYTHON -c "
+import importlib.metadata as m, jax, platform, subprocess, sys
+print(platform.python_version(), *(f'{p} {m.version(p)}' for p in ('jax', 'jaxlib', 'flax', 'numpy')), jax.devices())
+print(*(d.metadata['Name'] for d in m.distributions() if 'cuda' in d.metadata['Name']))
+sys.exit(0 if '$DEVICE' == 'cpu' or jax.default_backend() != 'cpu' else 'JAX sees no accelerator')"
+command -v nvidia-smi >/dev/null && nvidia-smi >>"$OUT/environment.log"
+part canary 45 $PYTHON -m dd_jax.canary
+for net in $NETS; do
+    [ -f "$WEIGHTS/$net.npz" ] && continue
+    say "no $WEIGHTS/$net.npz: untrained nets on noise instead"
+    WEIGHTS=$WORK/weights
+    part nets 40 $PYTHON benchmarks/nets.py --random --export "$WEIGHTS" --nets $NETS
+    break
+done
+chosen=(--weights "$WEIGHTS" --nets $NETS ${BATCHES:+--batches $BATCHES})
+part speed 130 $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step deepfool --out "$WORK/speed.json"
+part speed 80 env JAX_DEFAULT_MATMUL_PRECISION=highest \
+    $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step --out "$WORK/speed_float32.json"
+for precision in "" --tf32; do
+    part authors 45 $TORCH_PYTHON benchmarks/authors.py "${chosen[@]}" --device "$DEVICE" --seconds 2 $precision \
+        --out "$WORK/authors${precision/--/_}.json"
+done
+[ "$WORKERS" = 0 ] && workers=() || workers=(-n "$WORKERS")
+part tests 180 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    $PYTHON -m pytest "${workers[@]}" -p no:cacheprovider --tb=line $TESTS
+
+$PYTHON - "$WORK" >"$OUT/results.json" <<'PYTHON'
+import json, pathlib, sys
+print(json.dumps({path.stem: json.loads(path.read_text()) for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))}, indent=1))
+PYTHON
+rm -rf "$WORK"
+say "${#FAILED[@]} parts failed: ${FAILED[*]:-none}; in $SECONDS s; see $OUT"
+exit ${#FAILED[@]}
