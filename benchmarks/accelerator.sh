@@ -3,12 +3,12 @@
 #
 #   bash benchmarks/accelerator.sh            there, in the project's root: the canary, benchmarks/speed.py, the authors' step
 #                                             through PyTorch on the same card, the tests; what they print goes to $OUT
-#   bash benchmarks/accelerator.sh wheels     before that, where there is a network: what that machine lacks, into .whl/
+#   bash benchmarks/accelerator.sh wheels     before that, where there is a network: what that machine lacks, into runs/wheels
 #
 # Every part has a time limit of its own. A part that fails is named, and the next one begins; the exit code is the number of
 # parts that failed. The nets are those of runs/weights (`python benchmarks/nets.py --data_dir DIR --export runs/weights
-# --num_images 200`, which are 15 MB), or else untrained ones on noise. That folder and .whl are not part of the checkout: bring
-# them along. speed.py runs in JAX's default precision, which on NVIDIA rounds the factors of products to 10 bits, and in full
+# --num_images 200`, which are 15 MB), or else untrained ones on noise. runs/weights and runs/wheels are not part of the checkout:
+# bring them along. speed.py runs in JAX's default precision, which on NVIDIA rounds the factors of products to 10 bits, and in full
 # float32; so does the authors' step (--tf32). The tests run in full float32; those that want two devices fail where there is one.
 #
 # Variables: OUT (runs/accelerator), PYTHON (python3), TORCH_PYTHON (PYTHON's), DEVICE (cuda; PyTorch's name for it), NETS, BATCHES,
@@ -18,14 +18,14 @@
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 LACKING="ml-collections tensorflow-datasets array-record grain importlib-resources beartype tensorboardX immutabledict dm-tree
-    simple-parsing docstring-parser tensorflow-metadata googleapis-common-protos termcolor toml more-itertools"
+    simple-parsing docstring-parser tensorflow-metadata googleapis-common-protos termcolor toml portpicker"
 
 if [ "$1" = wheels ]; then
-    mkdir -p .whl
+    mkdir -p runs/wheels
     platforms=$(for n in 28 27 24 17 12 5; do echo "--platform manylinux_2_${n}_x86_64"; done)
     $PYTHON -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms \
-        --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform any -d .whl $LACKING || exit 1
-    $PYTHON -m pip wheel -q --no-deps -w .whl promise  # It comes as source alone; pure Python.
+        --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform any -d runs/wheels $LACKING || exit 1
+    $PYTHON -m pip wheel -q --no-deps -w runs/wheels promise  # It comes as source alone; pure Python.
     exit
 fi
 
@@ -33,8 +33,8 @@ export OUT=${OUT:-runs/accelerator} PYTHONUNBUFFERED=1
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && WORK=$(mktemp -d) || exit 1
 TORCH_PYTHON=${TORCH_PYTHON:-$PYTHON} DEVICE=${DEVICE:-cuda} TESTS=${TESTS:-tests} WORKERS=${WORKERS:-6}
 NETS=${NETS:-mlp lenet convnet nin} WEIGHTS=runs/weights
-if ls .whl/*.whl >/dev/null 2>&1; then
-    $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$WORK/site" .whl/*.whl &&
+if ls runs/wheels/*.whl >/dev/null 2>&1; then
+    $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$WORK/site" runs/wheels/*.whl &&
         export PYTHONPATH="$WORK/site:$PYTHONPATH"
 fi
 FAILED=()
@@ -50,7 +50,8 @@ part() {
         say "$name: done in $((SECONDS - start)) s"
     else
         FAILED+=("$name")
-        [ $code = 124 ] && say "$name: FAILED, stopped at its limit of $limit s after $((SECONDS - start)) s: $*" || say "$name: FAILED with $code: $*"
+        [ $code = 124 ] || [ $code = 137 ] && code="$code, stopped at its limit of $limit s,"
+        say "$name: FAILED with $code after $((SECONDS - start)) s: $*"
     fi
     tail -n 25 "$OUT/$name.log"
 }
@@ -64,7 +65,17 @@ print(platform.python_version(), *(f'{p} {m.version(p)}' for p in ('jax', 'jaxli
 print(*(d.metadata['Name'] for d in m.distributions() if 'cuda' in d.metadata['Name']))
 sys.exit(0 if '$DEVICE' == 'cpu' or jax.default_backend() != 'cpu' else 'JAX sees no accelerator')"
 command -v nvidia-smi >/dev/null && nvidia-smi >>"$OUT/environment.log"
-part canary 45 $PYTHON -m dd_jax.canary
+part canary 45 env JAX_DEFAULT_MATMUL_PRECISION=highest $PYTHON -c "
+import sys
+from dd_jax import canary, xla_settings
+print('on the CPU:', settings := xla_settings.apply())
+import jax, numpy as np
+wrong = list(settings.failures)
+for name, program in canary.programs().items():  # On the first device, each by its largest error.
+    error = np.max(np.abs(np.asarray(jax.jit(program.run)(*program.arguments), float) - program.right))
+    print(jax.devices()[0].platform, name, error / np.max(np.abs(program.right)), flush=True)
+    wrong += [name] * (not error <= canary.TOLERANCE * np.max(np.abs(program.right)))
+sys.exit('wrong: ' + ', '.join(wrong) if wrong else 0)"
 for net in $NETS; do
     [ -f "$WEIGHTS/$net.npz" ] && continue
     say "no $WEIGHTS/$net.npz: untrained nets on noise instead"
@@ -86,7 +97,8 @@ part tests 180 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALL
 
 $PYTHON - "$WORK" >"$OUT/results.json" <<'PYTHON'
 import json, pathlib, sys
-print(json.dumps({path.stem: json.loads(path.read_text()) for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))}, indent=1))
+files = sorted(pathlib.Path(sys.argv[1]).glob("*.json"))
+print(json.dumps({file.stem: json.loads(file.read_text()) for file in files}, indent=1))
 PYTHON
 rm -rf "$WORK"
 say "${#FAILED[@]} parts failed: ${FAILED[*]:-none}; in $SECONDS s; see $OUT"
