@@ -1,26 +1,38 @@
 """Trains a reference net, defends it, and prints what it gained.
 
-    python train.py --config configs/digits_mlp.py [--workdir DIR] [--data_dir DIR] [--config.FIELD=VALUE ...]
-    python train.py --config configs/digits_mlp.py --sweep defense.correct_scale=5,10,20
+    python train.py --config configs/digits_mlp.py [--workdir DIR] [--data_dir DIR]
+    [--config.FIELD=VALUE ...] python train.py --config configs/digits_mlp.py --sweep
+    defense.correct_scale=5,10,20
 
-The run directory (default: runs/CONFIG_NAME) keeps everything; the same command on it goes on where it stopped. A sweep makes
-a run for every value, in directories within it, from one reference net; evaluate.py --compare puts them side by side.
+The run directory (default: runs/CONFIG_NAME) keeps everything; the same command on it goes on where
+it stopped. A sweep makes a run for every value, in directories within it, from one reference net;
+evaluate.py --compare puts them side by side.
 """
 
 import pathlib
 from collections.abc import Sequence
 from functools import partial
 
-from dd_jax import command_line, configuration, experiment, parallel, reports, runs, sweeps, xla_settings
+from dd_jax import parallel, xla
+from dd_jax.experiment import build, command_line, configuration, runs, sweeps
+from dd_jax.results import reports
 
 
 def main() -> None:
     parser = command_line.make_parser(__doc__)
-    parser.add_argument("--config", required=True, help="a configuration file, such as configs/digits_mlp.py")
-    parser.add_argument("--workdir", type=pathlib.Path, help="the run directory; default: runs/CONFIG_NAME")
+    parser.add_argument(
+        "--config", required=True, help="a configuration file, such as configs/digits_mlp.py"
+    )
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, help="the run directory; default: runs/CONFIG_NAME"
+    )
     parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
     parser.add_argument(
-        "--sweep", action="append", default=[], metavar="FIELD=A,B,...", help="a run for each value; may be repeated"
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=A,B,...",
+        help="a run for each value; may be repeated",
     )
     command_line.add_process_arguments(parser)
     arguments, overrides = parser.parse_known_args()
@@ -51,9 +63,9 @@ def checked(arguments, overrides: Sequence[str], workdir: pathlib.Path):
     return config
 
 
-def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> experiment.Experiment:
-    parts = experiment.build(checked(arguments, overrides, workdir), workdir)
-    experiment.given_reference(parts)
+def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> build.Experiment:
+    parts = build.build(checked(arguments, overrides, workdir), workdir)
+    build.given_reference(parts)
     return parts
 
 
@@ -61,12 +73,17 @@ def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
     parts = command_line.prepared_by_all(partial(prepared, arguments, overrides, workdir))
     config = parts.config
     if parallel.is_primary():
-        configuration.claim_directory(config, workdir)  # Only now: a run that cannot begin leaves nothing behind.
+        # Only now: a run that cannot begin leaves nothing behind.
+        configuration.claim_directory(config, workdir)
     parallel.wait_for_all("claimed")
-    command_line.say(f"{parts.feed.description}\n{config.model.name}, {config.defense.name}; run directory {workdir}")
+    command_line.say(
+        f"{parts.feed.description}\n{config.model.name}, {config.defense.name}; run directory "
+        f"{workdir}"
+    )
     if not (config.reference.source or config.reference.num_epochs):
         command_line.say(
-            "The reference net has random weights: reference.source is empty and reference.num_epochs is 0."
+            "The reference net has random weights: reference.source is empty and "
+            "reference.num_epochs is 0."
         )
     report = reports.make_report(parts, runs.run(parts))
     if parallel.is_primary():
@@ -75,4 +92,4 @@ def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, xla_settings.apply().sentence)
+    command_line.run(main, xla.set_flags().sentence)

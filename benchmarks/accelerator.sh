@@ -67,8 +67,9 @@ sys.exit(0 if '$DEVICE' == 'cpu' or jax.default_backend() != 'cpu' else 'JAX see
 command -v nvidia-smi >/dev/null && nvidia-smi >>"$OUT/environment.log"
 part canary 45 env JAX_DEFAULT_MATMUL_PRECISION=highest $PYTHON -c "
 import sys
-from dd_jax import canary, xla_settings
-print('on the CPU:', settings := xla_settings.apply())
+from dd_jax import xla
+from dd_jax.xla import canary
+print('on the CPU:', settings := xla.set_flags())
 import jax, numpy as np
 wrong = list(settings.failures)
 for name, program in canary.programs().items():  # On the first device, each by its largest error.

@@ -1,20 +1,24 @@
-"""The training step as the authors' code organises it, in PyTorch: what `benchmarks/speed.py` is compared with.
+"""The training step as the authors' code organizes it, in PyTorch: what `benchmarks/speed.py` is
+compared with.
 
     python benchmarks/nets.py --data_dir DIR --export runs/weights            # the nets and images that speed.py measures
-    python benchmarks/authors.py --weights runs/weights [--nets mlp lenet convnet nin] [--batches 20 100] [--device cuda]
+    python benchmarks/authors.py --weights runs/weights [--nets mlp lenet convnet nin] [--batches 20
+    100] [--device cuda]
     python benchmarks/authors.py --check GOLDEN_DIR                           # does it compute what their code does?
 
-Needs PyTorch and NumPy, not dd_jax. Written anew after a description of ZiangYan/deepdefense.pytorch; nothing is copied. A step
-is the loss below and its gradient in the weights:
+Needs PyTorch and NumPy, not dd_jax. Written anew after a description of
+ZiangYan/deepdefense.pytorch; nothing is copied. A step is the loss below and its gradient in the
+weights:
 
     loss = mean(cross-entropy) + lambda mean(penalty),  penalty = exp(-c rho) where right, exp(d rho) where wrong
 
-with rho = ||D|| / ||x|| and D from DeepFool: at most 5 steps, away from the prediction where it is right, towards the label where
-it is wrong. The whole batch takes every step, masked, until its slowest example has stopped. Every step computes the gradients of
-all K logits at once, by a second net that runs the first one backwards, layer by layer, and the penalty is differentiated through
-all iterates: about (3 K + 5) F per step, F being one forward pass. `eps` is added to a gradient before its norm is taken, and for
-a wrong example whose prediction changes on the way the logit difference is taken against the prediction one step earlier: their
-code does both.
+with rho = ||D|| / ||x|| and D from DeepFool: at most 5 steps, away from the prediction where it is
+right, towards the label where it is wrong. The whole batch takes every step, masked, until its
+slowest example has stopped. Every step computes the gradients of all K logits at once, by a second
+net that runs the first one backwards, layer by layer, and the penalty is differentiated through all
+iterates: about (3 K + 5) F per step, F being one forward pass. `eps` is added to a gradient before
+its norm is taken, and for a wrong example whose prediction changes on the way the logit difference
+is taken against the prediction one step earlier: their code does both.
 """
 
 import argparse
@@ -57,7 +61,9 @@ class Settings(NamedTuple):
 
 
 class Found(NamedTuple):
-    """DeepFool's result: the overshot perturbations, and the steps until an example was fooled, or all of them."""
+    """DeepFool's result: the overshot perturbations, and the steps until an example was fooled, or
+    all of them.
+    """
 
     perturbation: Tensor
     num_steps: Tensor
@@ -91,7 +97,10 @@ def max_pool(_: Params, x: Tensor) -> tuple[Tensor, Reverse]:
 
     def reverse(gradient: Tensor) -> Tensor:
         return F.max_unpool2d(
-            gradient, places.repeat(len(gradient) // len(places), 1, 1, 1), 2, output_size=x.shape[2:]
+            gradient,
+            places.repeat(len(gradient) // len(places), 1, 1, 1),
+            2,
+            output_size=x.shape[2:],
         )
 
     return result, reverse
@@ -99,7 +108,9 @@ def max_pool(_: Params, x: Tensor) -> tuple[Tensor, Reverse]:
 
 def avg_pool(window: int) -> Layer:
     def layer(_: Params, x: Tensor) -> tuple[Tensor, Reverse]:
-        return F.avg_pool2d(x, window), lambda gradient: F.interpolate(gradient, scale_factor=window) / window**2
+        return F.avg_pool2d(
+            x, window
+        ), lambda gradient: F.interpolate(gradient, scale_factor=window) / window**2
 
     return layer
 
@@ -110,9 +121,28 @@ def flatten(_: Params, x: Tensor) -> tuple[Tensor, Reverse]:
 
 NETS: dict[str, list[Layer]] = {
     "mlp": [flatten, linear("fc1"), relu, linear("fc2"), relu, linear("fc3")],
-    "lenet": [conv("conv1"), max_pool, conv("conv2"), max_pool, flatten, linear("fc1"), relu, linear("fc2")],
+    "lenet": [
+        conv("conv1"),
+        max_pool,
+        conv("conv2"),
+        max_pool,
+        flatten,
+        linear("fc1"),
+        relu,
+        linear("fc2"),
+    ],
     "convnet": [
-        *(conv("conv1", 2), max_pool, relu, conv("conv2", 2), relu, avg_pool(2), conv("conv3", 2), relu, avg_pool(2)),
+        *(
+            conv("conv1", 2),
+            max_pool,
+            relu,
+            conv("conv2", 2),
+            relu,
+            avg_pool(2),
+            conv("conv3", 2),
+            relu,
+            avg_pool(2),
+        ),
         *(conv("conv4"), relu, conv("conv5"), flatten),
     ],
     "nin": [
@@ -131,7 +161,9 @@ def logits_of(layers: list[Layer], params: Params, x: Tensor) -> Tensor:
 
 
 def class_gradients(layers: list[Layer], params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits (batch, classes) at x and the gradients of all of them in x, (batch, classes, ...), both differentiable."""
+    """The logits (batch, classes) at x and the gradients of all of them in x, (batch, classes,
+    ...), both differentiable.
+    """
     batch, reverses = len(x), []
     for layer in layers:
         x, reverse = layer(params, x)
@@ -143,9 +175,16 @@ def class_gradients(layers: list[Layer], params: Params, x: Tensor) -> tuple[Ten
     return x, gradients.unflatten(0, (classes, batch)).transpose(0, 1)
 
 
-def deepfool(layers: list[Layer], params: Params, images: Tensor, labels: Tensor, clean: Tensor, s: Settings) -> Found:
-    """DeepFool on the whole batch until its slowest example has stopped, differentiable through every iterate."""
-    rows, as_images = torch.arange(len(images), device=images.device), (-1,) + (1,) * (images.ndim - 1)
+def deepfool(
+    layers: list[Layer], params: Params, images: Tensor, labels: Tensor, clean: Tensor, s: Settings
+) -> Found:
+    """DeepFool on the whole batch until its slowest example has stopped, differentiable through
+    every iterate.
+    """
+    rows, as_images = (
+        torch.arange(len(images), device=images.device),
+        (-1,) + (1,) * (images.ndim - 1),
+    )
     is_right = clean.argmax(1) == labels
     is_label = F.one_hot(labels, clean.shape[1]).bool()
     allowed = torch.where(is_right[:, None], ~is_label, is_label)
@@ -195,7 +234,11 @@ def read(
 ) -> tuple[Params, Tensor, Tensor]:
     """Parameters, images (NCHW) and labels of a NAME.npz as `benchmarks/nets.py` writes it."""
     with np.load(path) as arrays:
-        held = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith(("param/", "input/"))}
+        held = {
+            key: torch.from_numpy(arrays[key])
+            for key in arrays.files
+            if key.startswith(("param/", "input/"))
+        }
 
     def placed(array: Tensor) -> Tensor:
         given = dict(memory_format=LAYOUTS[layout]) if array.ndim == 4 else {}
@@ -210,33 +253,52 @@ def read(
 
 
 def check(folder: pathlib.Path) -> bool:
-    """Compares with the figures of the authors' code in a folder of NAME.npz, in float64; whether all agree."""
+    """Compares with the figures of the authors' code in a folder of NAME.npz, in float64; whether
+    all agree.
+    """
     agrees = True
     for name, layers in NETS.items():
         with np.load(folder / f"{name}.npz") as arrays:
             theirs = {
-                key: arrays[key] for key in arrays.files if key.startswith(("hyper/", "loss/", "grad/", "deepfool/"))
+                key: arrays[key]
+                for key in arrays.files
+                if key.startswith(("hyper/", "loss/", "grad/", "deepfool/"))
             }
-        hyper = {key: theirs[f"hyper/{key}"].item() for key in ("lambda", "c", "d", "max_iter", "overshoot", "eps")}
+        hyper = {
+            key: theirs[f"hyper/{key}"].item()
+            for key in ("lambda", "c", "d", "max_iter", "overshoot", "eps")
+        }
         params, images, labels = read(folder / f"{name}.npz", "cpu", torch.float64)
         loss, found, gradients = step(layers, params, images, labels, Settings(*hyper.values()))
         size = lambda x: np.linalg.norm(np.reshape(x, (len(x), -1)), axis=1)
         wanted = theirs["deepfool/perturbation"]
         errors = {"loss": abs(loss.item() / theirs["loss/total"].item() - 1)}
-        errors["perturbation"] = (size(found.perturbation.detach().numpy() - wanted) / size(wanted)).max()
+        errors["perturbation"] = (
+            size(found.perturbation.detach().numpy() - wanted) / size(wanted)
+        ).max()
         pairs = [
-            (gradient.numpy(), theirs[f"grad/total/{key}"]) for key, gradient in zip(params, gradients, strict=True)
+            (gradient.numpy(), theirs[f"grad/total/{key}"])
+            for key, gradient in zip(params, gradients, strict=True)
         ]
-        errors["gradient"] = max(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) for ours, wanted in pairs)
+        errors["gradient"] = max(
+            np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) for ours, wanted in pairs
+        )
         same_steps = np.array_equal(found.num_steps.numpy(), theirs["deepfool/iterations"])
         agrees &= max(errors.values()) < TOLERANCE and same_steps
         listed = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-        print(f"{name}: largest relative errors: {listed}; the numbers of steps {'agree' if same_steps else 'differ'}")
+        print(
+            f"{name}: largest relative errors: {listed}; the numbers of steps "
+            f"{'agree' if same_steps else 'differ'}"
+        )
     return agrees
 
 
-def timed(call: Callable[[], Any], wait: Callable[[], None], seconds: float, least: int) -> tuple[float, int]:
-    """The median time of a call over at least `least` calls and about `seconds`, one before them not counted; the number."""
+def timed(
+    call: Callable[[], Any], wait: Callable[[], None], seconds: float, least: int
+) -> tuple[float, int]:
+    """The median time of a call over at least `least` calls and about `seconds`, one before them
+    not counted; the number.
+    """
     call()
     wait()
     times, start = [], time.perf_counter()
@@ -273,42 +335,72 @@ def measure(name: str, batch: int, layout: str, arguments: argparse.Namespace) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check", type=pathlib.Path, metavar="GOLDEN_DIR", help="compare with the authors' figures")
-    what.add_argument("--weights", type=pathlib.Path, help="a folder of NAME.npz, see benchmarks/nets.py")
+    what.add_argument(
+        "--check", type=pathlib.Path, metavar="GOLDEN_DIR", help="compare with the authors' figures"
+    )
+    what.add_argument(
+        "--weights", type=pathlib.Path, help="a folder of NAME.npz, see benchmarks/nets.py"
+    )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--batches", nargs="+", type=int, help="default: 100, NIN 20")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of images in memory")
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of images in memory"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument(
-        "--tf32", action="store_true", help="let an NVIDIA card round the factors of products to 10 bits"
+        "--tf32",
+        action="store_true",
+        help="let an NVIDIA card round the factors of products to 10 bits",
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long each measurement takes, about")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="how long each measurement takes, about"
+    )
     parser.add_argument("--least", type=int, default=3, help="and how many calls at least")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark/authors.json"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark/authors.json")
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
     if arguments.check:
-        sys.exit(0 if check(arguments.check) else "error: this is not what the authors' code computes.")
+        sys.exit(
+            0 if check(arguments.check) else "error: this is not what the authors' code computes."
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     is_cuda = arguments.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if is_cuda else f"cpu, {arguments.threads} of {os.cpu_count()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if is_cuda
+        else f"cpu, {arguments.threads} of {os.cpu_count()} threads"
+    )
     everything = {"device": device, "torch": torch.__version__, "tf32": arguments.tf32, "steps": []}
     print(f"{device}, torch {torch.__version__}, tf32 {arguments.tf32}")
-    print("net      batch  layout         s per step  images/s  calls  DeepFool steps  of the slowest  loss")
+    print(
+        "net      batch  layout         s per step  images/s  calls  DeepFool steps  of the "
+        "slowest  loss"
+    )
     for name in arguments.nets:
-        layouts = arguments.layouts if any(layer is max_pool for layer in NETS[name]) else arguments.layouts[:1]
+        layouts = (
+            arguments.layouts
+            if any(layer is max_pool for layer in NETS[name])
+            else arguments.layouts[:1]
+        )
         for batch in arguments.batches or BATCHES[name]:
             for layout in layouts:
                 row = measure(name, batch, layout, arguments)
                 everything["steps"].append(row)
-                arguments.out.write_text(json.dumps(everything, indent=2) + "\n")  # Kept, should the next be too much.
+                # Kept, should the next be too much.
+                arguments.out.write_text(json.dumps(everything, indent=2) + "\n")
                 print(
-                    f"{name:8} {batch:5}  {layout:13} {row['seconds']:11.4f} {row['images_per_second']:9.1f}"
-                    f" {row['calls']:6} {row['deepfool_steps']:15.2f} {row['steps_of_the_slowest']:15} {row['loss']:5.3f}",
+                    f"{name:8} {batch:5}  {layout:13} {row['seconds']:11.4f} "
+                    f"{row['images_per_second']:9.1f}"
+                    f" {row['calls']:6} {row['deepfool_steps']:15.2f} "
+                    f"{row['steps_of_the_slowest']:15} {row['loss']:5.3f}",
                     flush=True,
                 )
     print(f"written to {arguments.out}")

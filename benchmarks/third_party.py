@@ -1,7 +1,9 @@
-"""Nets of plain Flax layers, as users bring them, with our penalty and with the straightforward one side by side.
+"""Nets of plain Flax layers, as users bring them, with our penalty and with the straightforward one
+side by side.
 
-The straightforward version is the one that the tests compare with: a Python loop over the steps, all examples and all class
-gradients in each of them, and plain autodiff through it all. Same weights, images and limit of steps.
+The straightforward version is the one that the tests compare with: a Python loop over the steps,
+all examples and all class gradients in each of them, and plain autodiff through it all. Same
+weights, images and limit of steps.
 """
 
 import sys
@@ -31,7 +33,9 @@ class PlainLeNet(nn.Module):
         """(batch, 28, 28, 1) to (batch, 10)."""
         x = nn.max_pool(nn.Conv(20, (5, 5), padding="VALID", name="conv1")(x), (2, 2), (2, 2))
         x = nn.max_pool(nn.Conv(50, (5, 5), padding="VALID", name="conv2")(x), (2, 2), (2, 2))
-        return nn.Dense(10, name="fc2")(nn.relu(nn.Dense(500, name="fc1")(x.reshape(x.shape[0], -1))))
+        return nn.Dense(10, name="fc2")(
+            nn.relu(nn.Dense(500, name="fc1")(x.reshape(x.shape[0], -1)))
+        )
 
 
 class PlainConvNet(nn.Module):
@@ -40,9 +44,15 @@ class PlainConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, 32, 32, 3) to (batch, 10)."""
-        x = nn.relu(nn.max_pool(nn.Conv(32, (5, 5), padding="SAME", name="conv1")(x), (2, 2), (2, 2)))
-        x = nn.avg_pool(nn.relu(nn.Conv(32, (5, 5), padding="SAME", name="conv2")(x)), (2, 2), (2, 2))
-        x = nn.avg_pool(nn.relu(nn.Conv(64, (5, 5), padding="SAME", name="conv3")(x)), (2, 2), (2, 2))
+        x = nn.relu(
+            nn.max_pool(nn.Conv(32, (5, 5), padding="SAME", name="conv1")(x), (2, 2), (2, 2))
+        )
+        x = nn.avg_pool(
+            nn.relu(nn.Conv(32, (5, 5), padding="SAME", name="conv2")(x)), (2, 2), (2, 2)
+        )
+        x = nn.avg_pool(
+            nn.relu(nn.Conv(64, (5, 5), padding="SAME", name="conv3")(x)), (2, 2), (2, 2)
+        )
         x = nn.relu(nn.Conv(64, (4, 4), padding="VALID", name="conv4")(x))
         return nn.Conv(10, (1, 1), name="conv5")(x).reshape(x.shape[0], -1)
 
@@ -50,20 +60,29 @@ class PlainConvNet(nn.Module):
 NETS: dict[str, nn.Module] = {"lenet": PlainLeNet(), "convnet": PlainConvNet()}
 
 
-def measure(net: nn.Module, params: Any, inputs: jax.Array, labels: jax.Array, *, num_steps: int = 5) -> dict[str, Any]:
-    """Seconds of the training step of a plain Flax net with our penalty and with the straightforward one."""
+def measure(
+    net: nn.Module, params: Any, inputs: jax.Array, labels: jax.Array, *, num_steps: int = 5
+) -> dict[str, Any]:
+    """Seconds of the training step of a plain Flax net with our penalty and with the
+    straightforward one.
+    """
     apply_fn = lambda params, x: net.apply({"params": params}, x)
 
-    def straightforward(logits_fn: Callable, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
-        cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits_fn(x)), y[:, None], axis=-1)[:, 0]
+    def straightforward(
+        logits_fn: Callable, x: jax.Array, y: jax.Array, **options: Any
+    ) -> jax.Array:
+        cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits_fn(x)), y[:, None], axis=-1)[
+            :, 0
+        ]
         return cross_entropy + PENALTY_WEIGHT * reference.regularizer(logits_fn, x, y, **options)
 
-    ours = lambda *arguments, **options: dd_jax.deep_defense_loss(*arguments, penalty_weight=PENALTY_WEIGHT, **options)[
-        0
-    ]
+    ours = lambda *arguments, **options: dd_jax.deep_defense_loss(
+        *arguments, penalty_weight=PENALTY_WEIGHT, **options
+    )[0]
     result: dict[str, Any] = {"batch": len(inputs), "num_steps": num_steps}
     for version, loss_fn in (("dd_jax", ours), ("straightforward", straightforward)):
-        loss = lambda params, x, y: loss_fn(partial(apply_fn, params), x, y, num_steps=num_steps).mean()  # noqa: B023
+        per_example = partial(loss_fn, num_steps=num_steps)
+        loss = lambda params, x, y: per_example(partial(apply_fn, params), x, y).mean()  # noqa: B023
         step, compile_seconds = compiled(jax.value_and_grad(loss), params, inputs, labels)
         result[version] = {
             "loss": float(step(params, inputs, labels)[0]),

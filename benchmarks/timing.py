@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dd_jax import rewriting
+from dd_jax.xla import rewrite
 
 
 def timed(call: Callable[[], Any], *, seconds: float = 4.0, least: int = 3) -> float:
-    """The median time of a call whose result is waited for, over at least `least` calls and about `seconds`."""
+    """The median time of a call whose result is waited for, over at least `least` calls and about
+    `seconds`.
+    """
     jax.block_until_ready(call())
     times, start = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - start < seconds:
@@ -38,5 +40,7 @@ def matrix_rate() -> float:
 
 
 def operations(function: Callable, *arguments: Any) -> float:
-    """Floating-point operations of a function's convolutions and matrix products, counted in its trace."""
-    return rewriting.operations(jax.make_jaxpr(function)(*arguments).jaxpr)
+    """Floating-point operations of a function's convolutions and matrix products, counted in its
+    trace.
+    """
+    return rewrite.operations(jax.make_jaxpr(function)(*arguments).jaxpr)

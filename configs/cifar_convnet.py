@@ -1,4 +1,4 @@
-"""ConvNet on CIFAR-10, contrast-normalised and whitened, as in the paper's Table 3.
+"""ConvNet on CIFAR-10, contrast-normalized and whitened, as in the paper's Table 3.
 
     python train.py --config configs/cifar_convnet.py --data_dir DIR
 

@@ -8,7 +8,8 @@ def get_config() -> ConfigDict:
         "momentum": 0.9,  # of SGD, as in PyTorch
         "weight_decay": 5e-4,  # times the weights, added to the gradient; on all parameters
         "max_gradient_norm": 0.0,  # shorten a longer gradient to this l2 norm; 0: never
-        "num_parts": 1,  # every device takes its share of a batch in so many parts and adds up their gradients
+        # every device takes its share of a batch in so many parts and adds up their gradients
+        "accumulation_steps": 1,
         "max_steps": 0,  # end the stage after so many steps, to try it; 0: after its epochs
     }
     return ConfigDict(
@@ -17,45 +18,59 @@ def get_config() -> ConfigDict:
             "tensorboard": False,  # also write the curves for TensorBoard, into WORKDIR/tensorboard
             "model": {
                 "name": "mlp",  # mlp, lenet, convnet, nin, alexnet, alexnet_torchvision, resnet18
-                "compute_dtype": "float32",  # bfloat16: weights and activations in the net; perturbations stay float32
+                # bfloat16: weights and activations in the net; perturbations stay float32
+                "compute_dtype": "float32",
             },
             "data": {
-                "name": "digits",  # digits, mnist, cifar10, imagenet2012, image_folder (a directory of images per class)
+                # digits, mnist, cifar10, imagenet2012, image_folder (a directory of images per
+                # class)
+                "name": "digits",
                 "dir": "",  # where TFDS keeps its data sets; "": its own default; or the image folder. Also --data_dir.
-                # none, mean_image, contrast_whiten, caffe, torchvision; paper: as the paper for the set (and net)
+                # none, mean_image, contrast_whiten, caffe, torchvision; paper: as the paper for the
+                # set (and net)
                 "preprocessing": "paper",
                 "flip": False,  # mirror half of the training images
-                "num_workers": 0,  # processes that decode images of imagenet2012 and image_folder; 0: this one does
+                # processes that decode images of imagenet2012 and image_folder; 0: this one does
+                "num_workers": 0,
                 "train_limit": 0,  # only the first so many training images; 0: all
                 "test_limit": 0,  # only the first so many test images; 0: all
             },
             "reference": {
-                # A run directory or an .npz of PyTorch-named arrays to take the reference net from; "": train it.
+                # A run directory or an .npz of PyTorch-named arrays to take the reference net from;
+                # "": train it.
                 "source": "",
                 "num_epochs": 30,
-                "batch_size": 100,  # at most all training images; what is left over sits the epoch out
+                # at most all training images; what is left over sits the epoch out
+                "batch_size": 100,
                 "learning_rate": 0.05,
                 "schedule": "cosine",  # cosine (down to zero), halved_at_four_fifths (of the steps)
-                # Scale and shift every layer's first weights so that its outputs have mean 0 and deviation 1 on so many
-                # training images; 0: He's initialisation as it is.
-                "centre_on": 0,
+                # Scale and shift every layer's first weights so that its outputs have mean 0 and
+                # deviation 1 on so many training images; 0: He's initialization as it is.
+                "center_on": 0,
                 **sgd,
             },
             "defense": {
-                # clean, parseval, adversarial_deepfool (Adv. Train I), adversarial_fgsm (Adv. Train II), deep_defense,
-                # deep_defense_fgsm; each takes those of the fields below that it knows
+                # clean, parseval, adversarial_deepfool (Adv. Train I), adversarial_fgsm (Adv. Train
+                # II), deep_defense, deep_defense_fgsm; each takes those of the fields below that it
+                # knows
                 "name": "deep_defense",
                 "norm": "l2",  # l2, linf; of the training's perturbations, the evaluation's are l2
                 "penalty_weight": 15.0,  # lambda
                 "correct_scale": 25.0,  # c
                 "wrong_scale": 5.0,  # d
                 "num_steps": 5,  # DeepFool's, at most
-                "overshoot": 0.02,  # how far beyond the boundary DeepFool goes, relative to its perturbation
-                "num_candidates": 0,  # the most likely classes, to which DeepFool keeps, evaluation included; 0: all
-                "gradient_offset": 0.0,  # added to a gradient before its norm is taken; the authors: 5e-6, 1e-5
-                "classes_at_once": 0,  # the gradients of so many classes are in memory at a time; 0: of all candidates
-                "mixing_weight": 0.5,  # of the loss on DeepFool's examples (adversarial_deepfool), 0..1
-                "fgsm_weight": 0.5,  # of the loss on FGSM's examples (adversarial_fgsm, deep_defense_fgsm), 0..1
+                # how far beyond the boundary DeepFool goes, relative to its perturbation
+                "overshoot": 0.02,
+                # the most likely classes, to which DeepFool keeps, evaluation included; 0: all
+                "num_candidates": 0,
+                # added to a gradient before its norm is taken; the authors: 5e-6, 1e-5
+                "gradient_offset": 0.0,
+                # the gradients of so many classes are in memory at a time; 0: of all candidates
+                "class_chunk_size": 0,
+                # of the loss on DeepFool's examples (adversarial_deepfool), 0..1
+                "mixing_weight": 0.5,
+                # of the loss on FGSM's examples (adversarial_fgsm, deep_defense_fgsm), 0..1
+                "fgsm_weight": 0.5,
                 "epsilon": 0.1,  # of FGSM's examples, linf, in the units of the inputs
                 "beta": 1e-4,  # of Parseval's retraction
             },
@@ -70,10 +85,13 @@ def get_config() -> ConfigDict:
                 "batch_size": 500,  # the figures do not depend on it
                 "num_steps": 50,  # DeepFool's, at most
                 "overshoot": 0.02,
-                "clip": False,  # FGS, PGD and C&W stay within the values that pixels can have (not where they are whitened)
+                # FGSM, PGD and C&W stay within the values that pixels can have (not where they are
+                # whitened)
+                "clip": False,
                 "epoch_examples": 0,  # measure this many test images after every epoch; 0: none
-                "fgs_max_epsilon": 1.0,  # where the search for an image's smallest epsilon (linf) gives up
-                "curve_max_epsilon": 0.3,  # FGS success over epsilon: up to this,
+                # where the search for an image's smallest epsilon (linf) gives up
+                "fgsm_max_epsilon": 1.0,
+                "curve_max_epsilon": 0.3,  # FGSM success over epsilon: up to this,
                 "curve_num_points": 31,  # at so many points
                 "pgd_epsilon": 0.1,  # linf, from the image itself
                 "pgd_step_size": 0.01,
@@ -83,4 +101,4 @@ def get_config() -> ConfigDict:
                 "carlini_wagner_num_binary_search_steps": 5,
             },
         }
-    ).lock()  # A misspelt field in a configuration is an error.
+    ).lock()  # A misspelled field in a configuration is an error.

@@ -2,8 +2,9 @@
 
     python train.py --config configs/mnist_lenet.py --data_dir DIR
 
-An hour on 2 CPU cores with much other work beside (jax 0.10.2, XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, seed 0, 10,000
-test images, l_2 in units of 1/255; in brackets: the paper's):
+An hour on 2 CPU cores with much other work beside (jax 0.10.2,
+XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, seed 0, 10,000 test images, l_2 in units of
+1/255; in brackets: the paper's):
 
                   accuracy   rho_2            l_2  DeepFool success
     reference       99.24%  0.2104  1.520 (1.480)           100.00%

@@ -1,25 +1,20 @@
-"""Deep Defense (Yan, Guo, Zhang, "Deep Defense: Training DNNs with Improved Adversarial Robustness", NeurIPS 2018).
+"""Deep Defense (Yan, Guo, Zhang, "Deep Defense: Training DNNs with Improved Adversarial
+Robustness", NeurIPS 2018).
 
-    signed margin   m = +||D||_p / ||x||_p   if argmax f(x) == y   (D: DeepFool away from y)
-                    m = -||D||_p / ||x||_p   if not                (D: DeepFool towards y, from the current prediction)
-    penalty         exp(-c m) if right, exp(-d m) if wrong         c = correct_scale, d = wrong_scale
+    signed margin   m = +||D||_p / ||x||_p   if argmax f(x) == y   (D: DeepFool, away from y)
+                    m = -||D||_p / ||x||_p   if not                (D: from prediction to y)
+    penalty         exp(-c m) if right, exp(-d m) if wrong         (others: dd_jax.penalties)
     loss            cross_entropy + lambda * penalty               lambda = penalty_weight
 
-All three are one number per example and differentiable in whatever `logits_fn` closes over and in the inputs. With params
-of any JAX library:
+with c = correct_scale, d = wrong_scale. All three are one number per example and differentiable in
+whatever `logits_fn` closes over and in the inputs. With params of any JAX library:
 
     def loss(params):
-        per_example, metrics = dd_jax.deep_defense_loss(functools.partial(apply_fn, params), images, labels)
+        logits_fn = functools.partial(apply_fn, params)
+        per_example, metrics = dd_jax.deep_defense_loss(logits_fn, images, labels)
         return per_example.mean()
 
-The gradient goes *through* DeepFool: every step is a function of the weights. It is a rule of its own, since autodiff through
-the loop would keep the activations of every step and all classes. Forward, each step leaves only its starting point and the
-two classes between which it went. Backward, with r_k(x, weights) the k-th step and g the cotangent of their sum,
-
-    for k = last, ..., first:    weights_bar += (d r_k / d weights)^T g,    g += (d r_k / d x)^T g
-
-each r_k taken again at its starting point for the chosen class alone. Memory does not grow with the steps but for the
-starting points. The rule is exact, also for smooth activations; which class is nearest and when to stop are constants.
+How the gradient of the margin is taken stands in `dd_jax._margin`.
 """
 
 from functools import partial
@@ -29,21 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dd_jax.attacks.deepfool import (
-    Options,
-    Problem,
-    Search,
-    check_arguments,
-    checked_logits,
-    hoist_for_search,
-    likely_classes,
-    next_rows,
-    search,
-)
-from dd_jax.attacks.linear_step import chosen_step
-from dd_jax.closures import ApplyFn, Closure
-from dd_jax.norms import Norm, per_example, relative_norm
-from dd_jax.types import LogitsFn, Scalar
+from dd_jax._margin import Gradient, check_choices, margin_and_steps
+from dd_jax.attacks._arguments import check_arguments, trace
+from dd_jax.attacks._deepfool_step import Options
+from dd_jax.norms import Norm
+from dd_jax.penalties import PenaltyFn, exponential
+from dd_jax.types import LogitsFn, Scalar, Solver
 
 
 def signed_margin(
@@ -52,46 +38,60 @@ def signed_margin(
     labels: Int[Array, " batch"],
     *,
     norm: Norm = "l2",
+    solver: Solver | None = None,
+    gradient: Gradient = "through_iterates",
     num_steps: int = 5,
     overshoot: float = 0.02,
     num_candidates: int | None = None,
-    classes_at_once: int | None = None,
+    class_chunk_size: int | None = None,
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
-    """How far each example is from being classified differently (right) or rightly (wrong), relative to its size.
+    """How far each example is from being classified differently (right) or rightly (wrong),
+    relative to its size.
 
-        m = +||D||_p / ||x||_p   where argmax f(x) == y, D being DeepFool's perturbation away from y
+        m = +||D||_p / ||x||_p   where argmax f(x) == y, D being the perturbation away from y
         m = -||D||_p / ||x||_p   elsewhere, D leading from the current prediction towards y
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
       inputs: any rank, floating.
       labels: the true classes, integers below the number of classes.
-      norm: "l2" or "linf".
-      num_steps, overshoot, num_candidates, classes_at_once, gradient_offset, rewrite: as in `dd_jax.deepfool`. The
-        authors train with 5 steps, an overshoot of 0.02 and all classes (10 of 1000 on ImageNet).
+      norm: "l2" or "linf"; give that of the solver.
+      solver: what finds D: any function `solver(logits_fn, inputs, labels) -> AttackResult`. None:
+        DeepFool. For wrong examples it is called once more, with the two logits (the largest of the
+        other classes, y's) in place of all, to leave the first.
+      gradient: "through_iterates", the exact derivative of DeepFool's steps, or "at_boundary", the
+        implicit derivative at the point that the solver found; equations in `dd_jax._margin`.
+      num_steps, overshoot, num_candidates, class_chunk_size, gradient_offset, rewrite: of DeepFool,
+        as in `dd_jax.deepfool`. The authors train with 5 steps, an overshoot of 0.02 and all
+        classes (10 of 1000 on ImageNet). A solver of your own has its own options.
 
     Returns:
-      One number per example, dimensionless. Differentiable once, in reverse mode, in the inputs and in whatever `logits_fn`
-      closes over.
+      One number per example, dimensionless. Differentiable once, in reverse mode, in the inputs and
+      in whatever `logits_fn` closes over.
 
-    Edges, each finite in value and gradient: an example that is never fooled within `num_steps` counts with what its steps
-    add up to. Where all class gradients vanish (dead net) or the classes tie exactly, the step is zero, and so is its
-    gradient. An all-zero input has margin 0 and gradient 0. Towards the true class there is one candidate only, two classes
-    leave one candidate too, and a batch of one example is a batch.
+    Edges, each finite in value and gradient: an example that is never fooled within `num_steps`
+    counts with what its steps add up to; its gradient at the boundary is that at the point reached.
+    Where all class gradients vanish (dead net) or the classes tie exactly, the step is zero, and so
+    is its gradient. An all-zero input has margin 0 and gradient 0. Towards the true class there is
+    one candidate only, two classes leave one candidate too, and a batch of one example is a batch.
 
-    Differs from the authors' code in one thing: for a misclassified example whose prediction changes on the way, it takes the
-    logit difference against the class predicted a step earlier and the gradient against the current one. Here both belong
-    to the current one.
+    Differs from the authors' code in one thing: for a misclassified example whose prediction
+    changes on the way, it takes the logit difference against the class predicted a step earlier and
+    the gradient against the current one. Here both belong to the current one.
 
     Raises:
-      ValueError: at trace time, for shapes, types or options that make no sense.
+      ValueError: at trace time, for shapes, types or options that make no sense; for a solver of
+        your own with gradient "through_iterates".
     """
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
-    check_arguments(inputs, labels, options)
-    logits = checked_logits(logits_fn, lax.stop_gradient(inputs), labels)
-    return _margin(logits_fn, inputs, labels, lax.stop_gradient(logits), options)[0]
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
+    options = options._replace(rewrite=rewrite)
+    check_arguments(inputs, labels, norm, num_steps)
+    check_choices(options, solver, gradient)
+    traces = trace(logits_fn, inputs)
+    logits = traces.logits(lax.stop_gradient(inputs))
+    return margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)[0]
 
 
 def regularizer(
@@ -99,30 +99,42 @@ def regularizer(
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
-    correct_scale: Scalar = 25.0,
-    wrong_scale: Scalar = 5.0,
+    penalty_fn: PenaltyFn = exponential,
+    correct_scale: Scalar | None = None,
+    wrong_scale: Scalar | None = None,
     norm: Norm = "l2",
+    solver: Solver | None = None,
+    gradient: Gradient = "through_iterates",
     num_steps: int = 5,
     overshoot: float = 0.02,
     num_candidates: int | None = None,
-    classes_at_once: int | None = None,
+    class_chunk_size: int | None = None,
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
-    """Deep Defense's penalty: large where a small perturbation changes the prediction, or a large one is needed to mend it.
+    """Deep Defense's penalty: large where a small perturbation changes the prediction, or a large
+    one is needed to correct it.
 
-        penalty = exp(-c m) where right, exp(-d m) where wrong       (m: signed_margin, c: correct_scale, d: wrong_scale)
+        penalty = penalty_fn(m, correct),    m = signed_margin(...)
 
-    Right examples lie in (0, 1], wrong ones in [1, inf), capped at the square root of the largest float, beyond which
-    the gradient is 0. Choose c so that exp(-c m) is not yet tiny for the examples to be moved. Arguments, edges and errors as in
-    `signed_margin`; correct_scale and wrong_scale must not be negative.
+    Args:
+      penalty_fn: what a margin costs; one of `dd_jax.penalties`, or your own. The default is
+        exp(-c m) where right and exp(-d m) where wrong.
+      correct_scale, wrong_scale: c and d, handed to `penalty_fn` if given, 0 or more. None: its own
+        defaults, 25 and 5 for the exponential, as the authors'. Choose c so that exp(-c m) is not
+        yet tiny for the examples to be moved.
+
+    Other arguments, edges and errors as in `signed_margin`.
     """
-    _check_scales(correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
-    check_arguments(inputs, labels, options)
-    logits = lax.stop_gradient(checked_logits(logits_fn, lax.stop_gradient(inputs), labels))
-    margin = _margin(logits_fn, inputs, labels, logits, options)[0]
-    return _penalty(margin, jnp.argmax(logits, axis=-1) == labels, correct_scale, wrong_scale)
+    penalty_fn = _with_scales(penalty_fn, correct_scale=correct_scale, wrong_scale=wrong_scale)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
+    options = options._replace(rewrite=rewrite)
+    check_arguments(inputs, labels, norm, num_steps)
+    check_choices(options, solver, gradient)
+    traces = trace(logits_fn, inputs)
+    logits = traces.logits(lax.stop_gradient(inputs))
+    margin, _ = margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)
+    return penalty_fn(margin, jnp.argmax(logits, axis=-1) == labels)
 
 
 def deep_defense_loss(
@@ -131,33 +143,43 @@ def deep_defense_loss(
     labels: Int[Array, " batch"],
     *,
     penalty_weight: Scalar = 15.0,
-    correct_scale: Scalar = 25.0,
-    wrong_scale: Scalar = 5.0,
+    penalty_fn: PenaltyFn = exponential,
+    correct_scale: Scalar | None = None,
+    wrong_scale: Scalar | None = None,
     norm: Norm = "l2",
+    solver: Solver | None = None,
+    gradient: Gradient = "through_iterates",
     num_steps: int = 5,
     overshoot: float = 0.02,
     num_candidates: int | None = None,
-    classes_at_once: int | None = None,
+    class_chunk_size: int | None = None,
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
     """The training loss of Deep Defense, per example: cross_entropy + penalty_weight * penalty.
 
     Returns:
-      (loss, metrics): loss (batch,), to be averaged by the caller; metrics, one number per example each: "cross_entropy",
-      "penalty" (not weighted), "margin", "correct" (1 where the prediction is right) and "num_steps" (DeepFool's).
+      (loss, metrics): loss (batch,), to be averaged by the caller; metrics, one number per example
+      each: "cross_entropy", "penalty" (not weighted), "margin", "correct" (1 where the prediction
+      is right) and "num_steps" (the solver's).
 
-    The clean logits are computed once and shared. With penalty_weight 0 this is the plain cross-entropy. Arguments, edges and
-    errors as in `regularizer`; penalty_weight must not be negative. Defaults are the authors'.
+    The clean logits are computed once and shared. With penalty_weight 0 this is the plain
+    cross-entropy. Arguments, edges and errors as in `regularizer`; penalty_weight must not be
+    negative. Defaults are the authors'.
     """
-    _check_scales(penalty_weight=penalty_weight, correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, classes_at_once, rewrite=rewrite)
-    check_arguments(inputs, labels, options)
-    logits = checked_logits(logits_fn, inputs, labels)
-    cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
-    margin, steps = _margin(logits_fn, inputs, labels, lax.stop_gradient(logits), options)
+    _check_scales(penalty_weight=penalty_weight)
+    penalty_fn = _with_scales(penalty_fn, correct_scale=correct_scale, wrong_scale=wrong_scale)
+    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
+    options = options._replace(rewrite=rewrite)
+    check_arguments(inputs, labels, norm, num_steps)
+    check_choices(options, solver, gradient)
+    traces = trace(logits_fn, inputs)
+    logits = traces.logits(inputs)
+    log_probabilities = jax.nn.log_softmax(logits)
+    cross_entropy = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    margin, steps = margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)
     correct = jnp.argmax(logits, axis=-1) == labels
-    penalty = _penalty(margin, correct, correct_scale, wrong_scale)
+    penalty = penalty_fn(margin, correct)
     metrics = {
         "cross_entropy": cross_entropy,
         "penalty": penalty,
@@ -174,70 +196,7 @@ def _check_scales(**scales: Scalar) -> None:
             raise ValueError(f"{name} is {value}; it must be 0 or more.")
 
 
-def _margin(
-    logits_fn: LogitsFn, inputs: Array, labels: Array, logits: Array, options: Options
-) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-    """The signed margin, and the number of steps it took, given the clean logits."""
-    inputs, labels = jnp.asarray(inputs), jnp.asarray(labels, jnp.int32)
-    correct = jnp.argmax(logits, axis=-1) == labels
-    apply_fn, closure, options = hoist_for_search(logits_fn, lax.stop_gradient(inputs), options)
-    problem = Problem(inputs, labels, correct, likely_classes(logits, options.num_candidates))
-    perturbation, steps = _replayable_search(apply_fn, options, closure, problem)
-    size = relative_norm((1 + options.overshoot) * perturbation, inputs, options.norm)
-    return jnp.where(correct, size, -size), steps
-
-
-def _penalty(margin: Array, correct: Array, correct_scale: Scalar, wrong_scale: Scalar) -> Array:
-    exponent = -jnp.where(correct, correct_scale, wrong_scale) * margin
-    largest = jnp.log(jnp.finfo(margin.dtype).max) / 2
-    return jnp.exp(jnp.minimum(exponent, largest.astype(margin.dtype)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _replayable_search(
-    apply_fn: ApplyFn, options: Options, closure: Closure, problem: Problem
-) -> tuple[Float[Array, "batch ..."], Int[Array, " batch"]]:
-    """The sum of DeepFool's steps and their number, differentiable in the closure and the inputs."""
-    everyone = jnp.ones(problem.labels.shape, bool)
-    return _sum_and_number_of_steps(search(apply_fn, closure, problem, options, active=everyone), options)
-
-
-def _sum_and_number_of_steps(found: Search, options: Options) -> tuple[Array, Array]:
-    return found.perturbation, jnp.where(found.success, found.num_replayable, options.num_steps)
-
-
-def _search_and_record(apply_fn: ApplyFn, options: Options, closure: Closure, problem: Problem) -> tuple:
-    everyone = jnp.ones(problem.labels.shape, bool)
-    found = search(apply_fn, closure, problem, options, active=everyone, record=True)
-    return _sum_and_number_of_steps(found, options), (closure, problem.inputs, found.num_replayable, found.trace)
-
-
-def _replay(apply_fn: ApplyFn, options: Options, residuals: tuple, cotangents: tuple) -> tuple:
-    """Pulls the cotangent of the sum of steps back through every step, last step first."""
-    closure, inputs, num_replayable, trace = residuals
-    start = (num_replayable, cotangents[0], jnp.zeros_like(inputs), jax.tree.map(jnp.zeros_like, closure.parameters))
-
-    def turn(state: tuple) -> tuple:
-        remaining, cotangent, inputs_bar, parameters_bar = state
-        rows, to = next_rows(remaining, options.rows_per_turn)
-        step, valid = remaining[rows] - 1, to < remaining.shape[0]
-        iterates = inputs[rows] + trace.iterates[step, rows]
-        source, target = trace.sources[step, rows], trace.targets[step, rows]
-
-        def step_of(parameters: tuple, x: Array) -> Array:
-            return chosen_step(apply_fn, closure._replace(parameters=parameters), x, source, target, options)
-
-        _, pull_back = jax.vjp(step_of, closure.parameters, iterates)
-        parameters_part, x_part = pull_back(jnp.where(per_example(valid, iterates), cotangent[rows], 0))
-        return (
-            remaining.at[to].add(-1, mode="drop"),
-            cotangent.at[to].add(x_part, mode="drop"),
-            inputs_bar.at[to].add(x_part, mode="drop"),
-            jax.tree.map(jnp.add, parameters_bar, parameters_part),
-        )
-
-    _, _, inputs_bar, parameters_bar = lax.while_loop(lambda state: jnp.any(state[0] > 0), turn, start)
-    return Closure(parameters_bar, None), Problem(inputs_bar, None, None, None)
-
-
-_replayable_search.defvjp(_search_and_record, _replay)
+def _with_scales(penalty_fn: PenaltyFn, **scales: Scalar | None) -> PenaltyFn:
+    given = {name: value for name, value in scales.items() if value is not None}
+    _check_scales(**given)
+    return partial(penalty_fn, **given) if given else penalty_fn

@@ -1,4 +1,6 @@
-"""lp norms of batches of inputs, safe to differentiate at zero, their duals and balls, and the bounds of inputs."""
+"""lp norms of batches of inputs, safe to differentiate at zero, their duals and balls, and the
+bounds of inputs.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -11,7 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
 Bounds = Sequence[ArrayLike]
-"""(lower, upper), each a number, or an array that broadcasts to one example, with or without a leading axis of size 1."""
+"""(lower, upper), each a number, or an array that broadcasts to one example, with or without a
+leading axis of size 1.
+"""
 
 
 def check_norm(norm: str) -> None:
@@ -24,11 +28,13 @@ def _trailing(x: Array, num_leading: int) -> tuple[int, ...]:
     return tuple(range(num_leading, x.ndim))
 
 
-def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
+def lp_norm(
+    x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1
+) -> Float[Array, "..."]:
     """||x||_p over all axes but the first `num_leading`.
 
-    "l2" is the square root of the sum of squares; its gradient at zero is zero, not NaN. "linf" is the largest absolute
-    value; its gradient is shared evenly among ties, as `jnp.max` does.
+    "l2" is the square root of the sum of squares; its gradient at zero is zero, not NaN. "linf" is
+    the largest absolute value; its gradient is shared evenly among ties, as `jnp.max` does.
     """
     check_norm(norm)
     if norm == "linf":
@@ -38,8 +44,12 @@ def lp_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)))
 
 
-def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1) -> Float[Array, "..."]:
-    """||x||_q with 1/p + 1/q = 1, a gradient's norm where perturbations are measured in lp: l2 for l2, l1 for linf."""
+def dual_norm(
+    x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1
+) -> Float[Array, "..."]:
+    """||x||_q with 1/p + 1/q = 1, a gradient's norm where perturbations are measured in lp: l2 for
+    l2, l1 for linf.
+    """
     check_norm(norm)
     if norm == "linf":
         return jnp.sum(jnp.abs(x), axis=_trailing(x, num_leading))
@@ -49,7 +59,8 @@ def dual_norm(x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1)
 def relative_norm(
     perturbation: Float[Array, "batch ..."], inputs: Float[Array, "batch ..."], norm: Norm = "l2"
 ) -> Float[Array, " batch"]:
-    """rho = ||perturbation||_p / ||inputs||_p, one number per example; the loss and the metrics both use it.
+    """rho = ||perturbation||_p / ||inputs||_p, one number per example; the loss and the metrics
+    both use it.
 
     An all-zero input has no size to compare with: its rho is 0, and so is the gradient.
     """
@@ -59,15 +70,20 @@ def relative_norm(
 
 
 def per_example(values: Array, like: Array) -> Array:
-    """Gives `values` (batch,) trailing axes of size one, so that it broadcasts against `like` (batch, ...)."""
+    """Gives `values` (batch,) trailing axes of size one, so that it broadcasts against `like`
+    (batch, ...).
+    """
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def steepest_direction(gradient: Float[Array, "batch ..."], norm: Norm) -> Float[Array, "batch ..."]:
-    """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for linf.
+def steepest_direction(
+    gradient: Float[Array, "batch ..."], norm: Norm
+) -> Float[Array, "batch ..."]:
+    """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for
+    linf.
 
-    Zero where the gradient is. What it gains is the dual norm. Gradients may be so small or large that their squares
-    are not floats.
+    Zero where the gradient is. What it gains is the dual norm. Gradients may be so small or large
+    that their squares are not floats.
     """
     check_norm(norm)
     if norm == "linf":
@@ -78,11 +94,13 @@ def steepest_direction(gradient: Float[Array, "batch ..."], norm: Norm) -> Float
     return scaled / jnp.where(size == 0, 1, size)
 
 
-def project(x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm) -> Float[Array, "batch ..."]:
+def project(
+    x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
+) -> Float[Array, "batch ..."]:
     """The nearest point of the lp ball of that radius around zero, example by example.
 
-    Never outside by rounding: the l2 ball is taken smaller by sqrt(size of an example) units of the dtype's precision,
-    which is more than summing the squares in another order makes.
+    Never outside by rounding: the l2 ball is taken smaller by sqrt(size of an example) units of the
+    dtype's precision, which is more than summing the squares in another order makes.
     """
     check_norm(norm)
     radius = per_example(radius, x)
@@ -96,50 +114,69 @@ def project(x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: 
 def sample_in_ball(
     key: PRNGKeyArray, like: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
 ) -> Float[Array, "batch ..."]:
-    """A point per example, uniform in the lp ball of that radius around zero, in the shape and dtype of `like`.
+    """A point per example, uniform in the lp ball of that radius around zero, in the shape and
+    dtype of `like`.
 
-    With JAX's default generator it depends on the key and the example's place in the batch, not on the batch's size.
+    With JAX's default generator it depends on the key and the example's place in the batch, not on
+    the batch's size.
     """
     check_norm(norm)
     if norm == "linf":
         unit = jax.random.uniform(key, like.shape, like.dtype, -1, 1)
     else:
         for_direction, for_length = jax.random.split(key)
-        direction = steepest_direction(jax.random.normal(for_direction, like.shape, like.dtype), norm)
-        lengths = jax.random.uniform(for_length, radius.shape, like.dtype) ** (like.shape[0] / like.size)
+        direction = steepest_direction(
+            jax.random.normal(for_direction, like.shape, like.dtype), norm
+        )
+        lengths = jax.random.uniform(for_length, radius.shape, like.dtype) ** (
+            like.shape[0] / like.size
+        )
         unit = per_example(lengths, like) * direction
     return project(per_example(radius, like) * unit, radius, norm)
 
 
 def check_bounds(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> None:
-    """Raises ValueError, at trace time, unless there are no bounds or they are (lower, upper) with lower <= upper."""
+    """Raises ValueError, at trace time, unless there are no bounds or they are (lower, upper) with
+    lower <= upper.
+    """
     if bounds is None:
         return
     if len(bounds) != 2:
         raise ValueError(f"bounds must be a pair (lower, upper); got {len(bounds)} of them.")
     one = (1, *inputs.shape[1:])
     for shape in map(jnp.shape, bounds):
-        if len(shape) > len(one) or any(n not in (1, m) for n, m in zip(shape[::-1], one[::-1], strict=False)):
+        if len(shape) > len(one) or any(
+            n not in (1, m) for n, m in zip(shape[::-1], one[::-1], strict=False)
+        ):
             raise ValueError(
-                f"a bound must be a number or broadcast to the shape of one example, {one[1:]} or {one}; got {shape}."
+                f"a bound must be a number or broadcast to the shape of one example, {one[1:]} or "
+                f"{one}; got {shape}."
             )
     if is_known(lambda: jnp.any(~(_like_one(bounds[0], inputs) <= _like_one(bounds[1], inputs)))):
-        raise ValueError(f"bounds are {in_words(bounds)}; the first must nowhere exceed the second.")
+        raise ValueError(
+            f"bounds are {in_words(bounds)}; the first must nowhere exceed the second."
+        )
 
 
 def in_words(bounds: Bounds) -> str:
     """The bounds for a message of one line: numbers as they are, arrays as their shapes."""
     shapes = [jnp.shape(bound) for bound in bounds]
-    parts = [f"an array of shape {shape}" if shape else str(bound) for bound, shape in zip(bounds, shapes, strict=True)]
+    parts = [
+        f"an array of shape {shape}" if shape else str(bound)
+        for bound, shape in zip(bounds, shapes, strict=True)
+    ]
     return " and ".join(parts)
 
 
 def stay_within(
-    perturbation: Float[Array, "batch ..."], inputs: Float[Array, "batch ..."], bounds: Bounds | None
+    perturbation: Float[Array, "batch ..."],
+    inputs: Float[Array, "batch ..."],
+    bounds: Bounds | None,
 ) -> Float[Array, "batch ..."]:
     """Shortens components until inputs + perturbation is within the bounds, up to rounding.
 
-    No component grows or changes its sign, so no ball is left. An input that is out of bounds goes no further out.
+    No component grows or changes its sign, so no ball is left. An input that is out of bounds goes
+    no further out.
     """
     if bounds is None:
         return perturbation
@@ -149,7 +186,9 @@ def stay_within(
 
 
 def move_within(x: Float[Array, "batch ..."], bounds: Bounds | None) -> Float[Array, "batch ..."]:
-    """The nearest point to x within the bounds, example by example; x itself where there are none."""
+    """The nearest point to x within the bounds, example by example; x itself where there are
+    none.
+    """
     return x if bounds is None else jnp.clip(x, *(_like_one(bound, x) for bound in bounds))
 
 

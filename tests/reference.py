@@ -1,7 +1,8 @@
-"""DeepFool and Deep Defense's penalty as plainly and slowly as they can be written: what `dd_jax` is compared with.
+"""DeepFool and Deep Defense's penalty as plainly and slowly as they can be written: what `dd_jax`
+is compared with.
 
-A Python loop over the steps, every example in every step, all class gradients by `jax.jacrev`, and no derivative rule:
-gradients are plain autodiff through all of it. Not safe where gradients vanish.
+A Python loop over the steps, every example in every step, all class gradients by `jax.jacrev`, and
+no derivative rule: gradients are plain autodiff through all of it. Not safe where gradients vanish.
 """
 
 import jax
@@ -20,10 +21,12 @@ def steps(
     gradient_offset=0.0,
     stale_source=False,
 ):
-    """Returns (sum of steps, number of steps, success), away from the label where it is predicted, else towards it.
+    """Returns (sum of steps, number of steps, success), away from the label where it is predicted,
+    else towards it.
 
-    `stale_source` repeats a slip of the authors' code: from the second step on, the logit difference is taken against
-    the class that was the source one step earlier, the gradient difference against the current one.
+    `stale_source` repeats a slip of the authors' code: from the second step on, the logit
+    difference is taken against the class that was the source one step earlier, the gradient
+    difference against the current one.
     """
     row, trailing = jnp.arange(len(labels)), tuple(range(1, inputs.ndim))
     column = lambda values: values.reshape((-1,) + (1,) * len(trailing))
@@ -38,15 +41,19 @@ def steps(
     source = None
     for step in range(num_steps):
         logits = logits_fn(inputs + total)
-        jacobian = jax.jacrev(lambda x: logits_fn(x).sum(axis=0))(inputs + total)  # (classes, batch, ...)
+        # (classes, batch, ...)
+        jacobian = jax.jacrev(lambda x: logits_fn(x).sum(axis=0))(inputs + total)
         previous, source = source, jnp.where(right, labels, jnp.argmax(logits, axis=1))
-        if step > 0:  # Who has arrived may have no step left to take, but takes part in all of this.
+        # Who has arrived may have no step left to take, but takes part in all of this.
+        if step > 0:
             source = jnp.where(active, source, previous)
         of_logits = source if step == 0 else jnp.where(stale_source, previous, source)
         differences = logits - logits[row, of_logits][:, None]
         gradients = jnp.moveaxis(jacobian, 0, 1) - jacobian[source, row][:, None]
 
-        allowed = jnp.where(right[:, None], candidate & (classes != source[:, None]), classes == labels[:, None])
+        allowed = jnp.where(
+            right[:, None], candidate & (classes != source[:, None]), classes == labels[:, None]
+        )
         sizes = jax.vmap(lambda w: _dual_norm(w + gradient_offset, norm, trailing), 1, 1)(gradients)
         target = jnp.argmin(jnp.where(allowed, jnp.abs(differences) / sizes, jnp.inf), axis=1)
 

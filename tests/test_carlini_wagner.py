@@ -1,4 +1,6 @@
-"""Carlini and Wagner's attack: never far from the closed form on affine nets, its parts, and its edges."""
+"""Carlini and Wagner's attack: never far from the closed form on affine nets, its parts, and its
+edges.
+"""
 
 import functools
 import math
@@ -12,7 +14,7 @@ import pytest
 from test_deepfool import affine, assert_same, mlp, rows
 
 from dd_jax import deepfool
-from dd_jax.attacks import carlini_wagner as module
+from dd_jax.attacks import _carlini_wagner as module
 from dd_jax.attacks import carlini_wagner_l2
 
 INPUTS = jax.random.uniform(jax.random.key(1), (9, 6))
@@ -40,7 +42,9 @@ def random_problem(seed, batch, size, num_classes):
 
 
 def shortest(weights, biases, x, bounds, confidence=0.0):
-    """||D||_2 of the shortest D with which another logit leads by `confidence`: clip(t * w) for some t and class."""
+    """||D||_2 of the shortest D with which another logit leads by `confidence`: clip(t * w) for
+    some t and class.
+    """
     logits = x @ weights + biases
     source, found = logits.argmax(), np.inf
     for j in set(range(len(biases))) - {source}:
@@ -68,7 +72,9 @@ def lengths_and_optima(found, weights, biases, inputs, bounds, **options):
 @functools.cache
 def compiled_affine(**options):
     """One compilation for all weights and bounds of the same shape."""
-    return jax.jit(lambda w, b, x, bounds: carlini_wagner_l2(affine(w, b), x, bounds=bounds, **options))
+    return jax.jit(
+        lambda w, b, x, bounds: carlini_wagner_l2(affine(w, b), x, bounds=bounds, **options)
+    )
 
 
 def attack_affine(weights, biases, inputs, bounds, axis=0, **options):
@@ -84,10 +90,14 @@ def test_never_far_from_the_optimum_on_affine_nets(size, num_classes, bounds):
     for seed in range(3):
         weights, biases, inputs = random_problem(seed, 32, size, num_classes)
         found = attack_affine(weights, biases, inputs, bounds)
-        assert found.success.all() and (found.num_steps > 0).all() and (found.num_steps <= 1000).all()
+        assert (
+            found.success.all() and (found.num_steps > 0).all() and (found.num_steps <= 1000).all()
+        )
         result = np.asarray(inputs + found.perturbation, np.float64)
         assert (result >= bounds[0] - 1e-6).all() and (result <= bounds[1] + 1e-6).all()
-        changed = (result @ weights + biases).argmax(axis=1) != (inputs @ weights + biases).argmax(axis=1)
+        changed = (result @ weights + biases).argmax(axis=1) != (inputs @ weights + biases).argmax(
+            axis=1
+        )
         assert changed.all()
         lengths, optima = lengths_and_optima(found, weights, biases, inputs, bounds)
         ratios.append(lengths / optima)
@@ -101,7 +111,9 @@ def test_inputs_on_their_bounds_move_and_equal_bounds_hold():
     found = attack_affine(weights, biases, inputs, (lower, upper))
     lengths, optima = lengths_and_optima(found, weights, biases, inputs, (lower, upper))
     np.testing.assert_array_equal(found.success, np.isfinite(optima))
-    assert (lengths[found.success] <= 1.05 * optima[found.success]).all() and not found.perturbation[:, -1].any()
+    assert (
+        lengths[found.success] <= 1.05 * optima[found.success]
+    ).all() and not found.perturbation[:, -1].any()
     result = inputs + found.perturbation
     assert (result >= lower - 1e-6).all() and (result <= upper + 1e-6).all()
     of_one_row = attack_affine(weights, biases, inputs, (lower[None], upper[None]), axis=1)
@@ -132,8 +144,14 @@ def test_the_search_for_the_constant_forgives_where_it_starts(initial_constant):
 def test_confidence_is_a_lead_in_logits():
     weights, biases, inputs = random_problem(7, 32, 20, 7)
     found = attack_affine(weights, biases, inputs, (-3.0, 4.0), confidence=1.5)
-    lengths, optima = lengths_and_optima(found, weights, biases, inputs, (-3.0, 4.0), confidence=1.5)
-    assert found.success.all() and (lengths / optima).max() <= 1.05 and (lengths / optima).min() >= 1 - 1e-4
+    lengths, optima = lengths_and_optima(
+        found, weights, biases, inputs, (-3.0, 4.0), confidence=1.5
+    )
+    assert (
+        found.success.all()
+        and (lengths / optima).max() <= 1.05
+        and (lengths / optima).min() >= 1 - 1e-4
+    )
     logits = (inputs + np.asarray(found.perturbation, np.float64)) @ weights + biases
     row, labels = np.arange(32), (inputs @ weights + biases).argmax(axis=1)
     lead = logits.max(axis=1) - logits[row, labels]
@@ -147,25 +165,36 @@ def test_shorter_than_deepfool_on_curved_nets():
     assert both.sum() >= 5 and (found.success >= longer.success).all()
     ratio = (length(found.perturbation) / length(longer.perturbation))[both]
     assert (ratio < 1.015).all() and ratio.min() < 0.9
-    assert ((np.argmax(NET(INPUTS + found.perturbation), axis=1) != PREDICTED) == found.success).all()
+    assert (
+        (np.argmax(NET(INPUTS + found.perturbation), axis=1) != PREDICTED) == found.success
+    ).all()
     assert (np.argmax(NET(INPUTS + 0.9 * found.perturbation), axis=1) == PREDICTED)[both].all()
 
 
 def test_boxes_without_a_way_out_dead_nets_and_ties():
     inputs = np.array([[0.5, 0.5], [1.0, 0.0]])
-    barred = attack_affine(np.array([[1.0, -1.0], [0.5, 0.0]]), np.array([5.0, 0.0]), inputs, BOUNDS)
+    barred = attack_affine(
+        np.array([[1.0, -1.0], [0.5, 0.0]]), np.array([5.0, 0.0]), inputs, BOUNDS
+    )
     assert not barred.success.any() and (barred.num_steps == 1000).all()
-    np.testing.assert_allclose(inputs + barred.perturbation, np.zeros((2, 2)), atol=0.01)  # where the lead is least
+    # where the lead is least
+    np.testing.assert_allclose(inputs + barred.perturbation, np.zeros((2, 2)), atol=0.01)
     dead = attack_affine(np.zeros((2, 2)), np.array([1.0, 0.0]), inputs, BOUNDS)
     assert not dead.success.any() and (dead.num_steps == 1000).all() and not dead.perturbation.any()
-    tied = attack_affine(np.array([[1.0, 1.0], [-2.0, 2.0]]), np.zeros(2), np.array([[1.0, 0.0], [0.5, 0.0]]), BOUNDS)
+    tied = attack_affine(
+        np.array([[1.0, 1.0], [-2.0, 2.0]]), np.zeros(2), np.array([[1.0, 0.0], [0.5, 0.0]]), BOUNDS
+    )
     assert tied.success.all() and (length(tied.perturbation) < 1e-3).all()
 
 
 def test_misclassified_examples_are_done_and_cost_nothing():
     labels = np.where(np.arange(9) % 2 == 0, PREDICTED, (PREDICTED + 1) % 4)
     found, from_predicted = attack(NET, INPUTS, labels), attack(NET, INPUTS, PREDICTED)
-    assert not found.perturbation[1::2].any() and found.success[1::2].all() and not found.num_steps[1::2].any()
+    assert (
+        not found.perturbation[1::2].any()
+        and found.success[1::2].all()
+        and not found.num_steps[1::2].any()
+    )
     assert_same(rows(found, slice(None, None, 2)), rows(from_predicted, slice(None, None, 2)))
     never = attack(NET, INPUTS, (PREDICTED + 1) % 4, num_steps=10**8)  # would take days
     assert not never.perturbation.any() and never.success.all() and not never.num_steps.any()
@@ -195,16 +224,23 @@ def test_adam_is_optax_adam():
 def test_order_and_company_do_not_matter(short_turns, x64):
     inputs, order = INPUTS.astype(float), jax.random.permutation(jax.random.key(5), 9)
     company = jnp.concatenate([inputs[order], jnp.zeros((4, 6)), jnp.ones((3, 6))])
-    options = dict(num_steps=30, num_binary_search_steps=3, initial_constant=0.5)  # the first constant is too small
+    # the first constant is too small
+    options = dict(num_steps=30, num_binary_search_steps=3, initial_constant=0.5)
     whole = attack(NET, inputs, **options)
     assert len(set(whole.num_steps.tolist())) > 3
     assert_same(rows(attack(NET, company, **options), slice(9)), rows(whole, order), rtol=1e-8)
     alone = [attack(NET, inputs[i : i + 1], **options) for i in (2, 7)]
-    assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *alone), rows(whole, np.array([2, 7])), rtol=1e-8)
+    assert_same(
+        jax.tree.map(lambda *rows: np.concatenate(rows), *alone),
+        rows(whole, np.array([2, 7])),
+        rtol=1e-8,
+    )
 
 
 def test_no_gradient_flows_through_the_result():
-    total = lambda scale: carlini_wagner_l2(lambda x: NET(scale * x), scale * INPUTS, **QUICK).perturbation.sum()
+    total = lambda scale: carlini_wagner_l2(
+        lambda x: NET(scale * x), scale * INPUTS, **QUICK
+    ).perturbation.sum()
     assert jax.jit(jax.grad(total))(1.0) == 0
 
 
@@ -232,4 +268,8 @@ def test_errors_say_what_was_expected_and_what_came(message, unchecked):
 
 def test_an_empty_batch_has_an_empty_result():
     found = jax.jit(lambda x: carlini_wagner_l2(NET, x, **QUICK))(INPUTS[:0])
-    assert (found.perturbation.shape, found.success.shape, found.num_steps.shape) == ((0, 6), (0,), (0,))
+    assert (found.perturbation.shape, found.success.shape, found.num_steps.shape) == (
+        (0, 6),
+        (0,),
+        (0,),
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints: bitwise, never without the latest, whatever is donated, killed or moved to another machine meanwhile."""
+"""Checkpoints: bitwise, never without the latest, whatever is donated, killed or moved to another
+machine meanwhile.
+"""
 
 import asyncio
 import pathlib
@@ -9,22 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dd_jax import checkpoints
-from dd_jax.checkpoints import NUM_KEPT, Checkpoints, DamagedCheckpointError
-from dd_jax.training import TrainState
+from dd_jax.training import checkpoints
+from dd_jax.training.checkpoints import NUM_KEPT, Checkpoints, DamagedCheckpointError
+from dd_jax.training.train_step import TrainState
 
 
 def state(step, size=5):
-    """A state with what is hard to save exactly: NaN, infinity, minus zero, a denormal number, nothing at all."""
+    """A state with what is hard to save exactly: NaN, infinity, minus zero, a denormal number,
+    nothing at all.
+    """
     odd = jnp.array([np.nan, np.inf, -0.0, 1e-42, 1 / 3], jnp.float32)
     params = {"fc": {"kernel": jax.random.normal(jax.random.key(step), (size, 3)), "bias": odd}}
-    return TrainState(jnp.asarray(step, jnp.int32), params, {}, (jnp.full((2,), step, jnp.float32), ()))
+    return TrainState(
+        jnp.asarray(step, jnp.int32), params, {}, (jnp.full((2,), step, jnp.float32), ())
+    )
 
 
 def assert_bitwise(actual, wanted):
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        )
 
 
 def restored(directory, like=None):
@@ -55,7 +65,8 @@ def test_reading_makes_no_folder(tmp_path):
 
 
 def test_the_latest_is_always_kept_and_the_oldest_go(tmp_path):
-    for steps in ((3, 9, 10), (11,)):  # The second time in a manager that knows of the first only from the folder.
+    # The second time in a manager that knows of the first only from the folder.
+    for steps in ((3, 9, 10), (11,)):
         with Checkpoints(tmp_path) as saved:
             for step in steps:
                 saved.save(step, state(step))
@@ -72,8 +83,12 @@ def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
 
 
 def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
-    """Orbax holds views of the CPU's buffers; steps that donate them must not write there before all is on the disk."""
-    large = lambda: {"large": [jax.random.normal(jax.random.key(i), (2_000_000,)) for i in range(8)]}  # noqa: E731
+    """Orbax holds views of the CPU's buffers; steps that donate them must not write there before
+    all is on the disk.
+    """
+    large = lambda: {
+        "large": [jax.random.normal(jax.random.key(i), (2_000_000,)) for i in range(8)]
+    }  # noqa: E731
     step = jax.jit(lambda tree: jax.tree.map(lambda x: 1.5 * x + 1, tree), donate_argnums=0)
     address = lambda tree: tree["large"][0].unsafe_buffer_pointer()  # noqa: E731
     present, num_steps = step(large()), 0
@@ -119,23 +134,31 @@ def test_a_checkpoint_of_another_machine_is_restored_on_this_ones_device(tmp_pat
         path.write_text(text.replace("cpu:0", "cuda:3"))
     tree = restored(tmp_path)
     assert_bitwise(tree, state(2))
-    assert {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()} == {jax.devices()[0]}
+    assert {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()} == {
+        jax.devices()[0]
+    }
 
 
 def damage(directory):
     """Cuts the largest file in two."""
-    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
-def test_where_the_latest_is_damaged_the_one_before_is_taken_and_its_step_can_be_saved_again(tmp_path, capfd):
+def test_where_the_latest_is_damaged_the_one_before_is_taken_and_its_step_can_be_saved_again(
+    tmp_path, capfd
+):
     folder, like = tmp_path / "stage", state(0, size=500)
     with Checkpoints(folder) as saved:
         for step in (2, 4):
             saved.save(step, state(step, size=500))
     damage(folder / "4")
     with pytest.raises(
-        DamagedCheckpointError, match=r"stage/4 is damaged \(.*\): let train.py go on in its run directory"
+        DamagedCheckpointError,
+        match=r"stage/4 is damaged \(.*\): let train.py go on in its run directory",
     ):
         restored(folder, like)
     assert (folder / "4").exists()

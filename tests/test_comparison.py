@@ -1,4 +1,6 @@
-"""A sweep's runs side by side: what is measured, whose figures stand where, which figures are drawn."""
+"""A sweep's runs side by side: what is measured, whose figures stand where, which figures are
+drawn.
+"""
 
 import json
 import pathlib
@@ -9,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dd_jax import comparison, configuration, evaluation, experiment, measuring, reports, run_log, runs, sweeps
-from dd_jax.configuration import ConfigurationError
+from dd_jax import evaluation, log
+from dd_jax.experiment import build, comparison, configuration, measuring, runs, sweeps
+from dd_jax.experiment.configuration import ConfigurationError
+from dd_jax.results import reports
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -38,7 +42,9 @@ METHODS = ("deep_defense", "clean")
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The directories of two runs that share their reference, not measured beyond training's own measurement."""
+    """The directories of two runs that share their reference, not measured beyond training's own
+    measurement.
+    """
     workdir = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
@@ -46,7 +52,7 @@ def swept(tmp_path_factory):
             [f"defense.name={','.join(METHODS)}"], [f"--config.{x}" for x in TINY], workdir
         ):
             config = configuration.read(str(ROOT / "configs/digits_mlp.py"), overrides)
-            parts = experiment.build(config, workdir / name)
+            parts = build.build(config, workdir / name)
             configuration.claim_directory(config, workdir / name)
             runs.run(parts)
     return [workdir / name for name in METHODS]
@@ -59,7 +65,9 @@ def compared(swept, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         original = measuring.measure
         patch.setattr(
-            measuring, "measure", lambda *a, **k: measured.append((a[0].workdir.name, k["name"])) or original(*a, **k)
+            measuring,
+            "measure",
+            lambda *a, **k: measured.append((a[0].workdir.name, k["name"])) or original(*a, **k),
         )
         printed = comparison.compare(swept, out)
     return out, printed, measured
@@ -67,11 +75,17 @@ def compared(swept, tmp_path_factory):
 
 def test_every_net_is_measured_once_the_shared_reference_too(swept, compared):
     out, _, measured = compared
-    assert measured == [("deep_defense", "reference"), ("deep_defense", "defended"), ("clean", "defended")]
+    assert measured == [
+        ("deep_defense", "reference"),
+        ("deep_defense", "defended"),
+        ("clean", "defended"),
+    ]
     full = [reports.read(workdir) for workdir in swept]
     assert full[0]["measured"]["reference"] == full[1]["measured"]["reference"]
     assert all(report["names"] == list(evaluation.NAMES) for report in full)
-    assert (swept[1] / "plots/success_over_epsilon.png").exists() and (swept[1] / "plots/single_run.pdf").exists()
+    assert (swept[1] / "plots/success_over_epsilon.png").exists() and (
+        swept[1] / "plots/single_run.pdf"
+    ).exists()
 
 
 def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared):
@@ -82,10 +96,15 @@ def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared)
     assert [line.split()[0] for line in lines[1:4]] == ["reference", "clean", "deep_defense"]
     found = json.loads((out / "comparison.json").read_text())["figures"]
     measured = reports.read(swept[0])["measured"]
-    for name, figures in (("reference", measured["reference"]), ("deep_defense", measured["defended"])):
-        assert found[name] == figures | {k: v for k, v in found[name].items() if k.startswith("accuracy_fgs")}
-    assert found["deep_defense"]["accuracy_fgs_1.0"] <= 0.5  # By its meaning.
-    assert 0.5 < found["deep_defense"]["accuracy_fgs_0.2"] <= found["deep_defense"]["accuracy"]
+    for name, figures in (
+        ("reference", measured["reference"]),
+        ("deep_defense", measured["defended"]),
+    ):
+        assert found[name] == figures | {
+            k: v for k, v in found[name].items() if k.startswith("accuracy_fgsm")
+        }
+    assert found["deep_defense"]["accuracy_fgsm_1.0"] <= 0.5  # By its meaning.
+    assert 0.5 < found["deep_defense"]["accuracy_fgsm_0.2"] <= found["deep_defense"]["accuracy"]
     assert f"epsilon_ref = {measured['defended']['epsilon_half']:.4g}, where half" in table
     assert "40 test images (C&W: the first 3) of digits" in table
     assert (out / "table.md").read_text().count("\n| ") == 4
@@ -93,18 +112,25 @@ def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared)
 
 def test_all_of_the_paper_s_figures_are_drawn(compared):
     out, _, _ = compared
-    names = ("success_over_epsilon", "robustness_over_accuracy", "fooling_examples", "training_over_epochs")
-    assert {path.name for path in out.glob("*.p*")} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    names = (
+        "success_over_epsilon",
+        "robustness_over_accuracy",
+        "fooling_examples",
+        "training_over_epochs",
+    )
+    assert {path.name for path in out.glob("*.p*")} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "pdf")
+    }
 
 
 def test_the_examples_fool_the_nets_they_are_drawn_for(swept, compared):
-    parts = [experiment.open_run(workdir) for workdir in swept]
+    parts = [build.open_run(workdir) for workdir in swept]
     nets = comparison.list_nets(parts, [reports.read(workdir) for workdir in swept])
     image, examples, label = comparison.fooling_examples(nets)
     assert [example.method for example in examples] == ["reference", "clean", "deep_defense"]
     for net, example in zip(nets, examples, strict=True):
         logits = net.run.model.apply(
-            {"params": experiment.restore(net.run, net.stage).params}, jnp.asarray(example.image[None])
+            {"params": build.restore(net.run, net.stage).params}, jnp.asarray(example.image[None])
         )
         assert str(int(np.argmax(logits))) == example.label != label
         difference = np.linalg.norm(example.image - image) / np.linalg.norm(image)
@@ -112,32 +138,45 @@ def test_the_examples_fool_the_nets_they_are_drawn_for(swept, compared):
 
 
 def test_curves_over_epochs_are_the_log_s(swept, compared):
-    parts = experiment.open_run(swept[0])
+    parts = build.open_run(swept[0])
     net = comparison.Net("deep_defense", "deep_defense", parts, "defended", reports.read(swept[0]))
-    lines = [line for line in run_log.read(swept[0]) if line["stage"] == "defended" and "test" in line]
+    lines = [
+        line for line in log.read_lines(swept[0]) if line["stage"] == "defended" and "test" in line
+    ]
     assert [point[0] for point in comparison.epochs(net)] == [1.0, 2.0]
     assert [point[1:] for point in comparison.epochs(net)] == [
         (line["test"]["accuracy"], line["test"]["rho_l2"]) for line in lines
     ]
 
 
-def test_a_reference_counts_once_and_nets_are_told_apart_by_their_weights(swept, compared, monkeypatch):
-    parts = [experiment.open_run(workdir) for workdir in swept]
+def test_a_reference_counts_once_and_nets_are_told_apart_by_their_weights(
+    swept, compared, monkeypatch
+):
+    parts = [build.open_run(workdir) for workdir in swept]
     both = [reports.read(workdir) for workdir in swept]
-    assert [net.label for net in comparison.list_nets(parts, both)] == ["reference", "clean", "deep_defense"]
-    restore = experiment.restore
+    assert [net.label for net in comparison.list_nets(parts, both)] == [
+        "reference",
+        "clean",
+        "deep_defense",
+    ]
+    restore = build.restore
 
     def other_weights(run, stage):
         state, changed = restore(run, stage), run.workdir.name == "clean"
         return state._replace(params=jax.tree.map(lambda leaf: leaf + 1e-7 * changed, state.params))
 
-    monkeypatch.setattr(experiment, "restore", other_weights)
+    monkeypatch.setattr(build, "restore", other_weights)
     nets = comparison.list_nets(parts, both)
-    assert [net.label for net in nets] == ["reference", "reference (clean)", "clean", "deep_defense"]
+    assert [net.label for net in nets] == [
+        "reference",
+        "reference (clean)",
+        "clean",
+        "deep_defense",
+    ]
 
 
 def test_strengths_are_noted_where_they_differ(swept, compared):
-    parts, report = experiment.open_run(swept[0]), reports.read(swept[0])
+    parts, report = build.open_run(swept[0]), reports.read(swept[0])
     config = parts.config.copy_and_resolve_references()
     config.defense.correct_scale = 33.0
     net = comparison.Net("deep_defense", "deep_defense", parts, "defended", report)
@@ -149,11 +188,12 @@ def test_strengths_are_noted_where_they_differ(swept, compared):
 
 
 def test_half_of_the_images_wrong_without_an_attack_is_said(swept, compared):
-    parts, report = experiment.open_run(swept[0]), reports.read(swept[0])
+    parts, report = build.open_run(swept[0]), reports.read(swept[0])
     at = lambda epsilon: report | {"measured": {"defended": {"epsilon_half": epsilon}}}
     said = [
-        comparison.fgs_accuracies(
-            [comparison.Net("deep_defense", "deep_defense", parts, "defended", at(epsilon))], limit=None
+        comparison.fgsm_accuracies(
+            [comparison.Net("deep_defense", "deep_defense", parts, "defended", at(epsilon))],
+            limit=None,
         )[1]
         for epsilon in (0.0, None)
     ]
@@ -178,16 +218,23 @@ def test_runs_of_other_nets_or_data_are_refused(swept, compared, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     config["evaluation"]["pgd_epsilon"] = 0.25
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigurationError, match=r"differ in data.test_limit, evaluation.pgd_epsilon; only runs whose"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"differ in data.test_limit, evaluation.pgd_epsilon; only runs whose",
+    ):
         comparison.compare([swept[0], other], tmp_path / "out")
     with pytest.raises(ConfigurationError, match="is not a run directory"):
         comparison.compare([swept[0], tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_measured(swept, compared, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    swept, compared, tmp_path, monkeypatch
+):
     monkeypatch.setattr(measuring, "measure", None)
-    with pytest.raises(ConfigurationError, match=r"--out .*file cannot be made .*; it must be a directory"):
+    with pytest.raises(
+        ConfigurationError, match=r"--out .*file cannot be made .*; it must be a directory"
+    ):
         (tmp_path / "file").write_text("")
         comparison.compare(swept, tmp_path / "file", limit=20)
     unfinished = shutil.copytree(swept[1], tmp_path / "unfinished")
@@ -195,5 +242,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(swept, compared
     with pytest.raises(ConfigurationError, match="unfinished has no finished reference net"):
         comparison.compare([swept[0], unfinished], tmp_path / "out", limit=20)
     monkeypatch.setattr(comparison, "all_names", lambda run: ("deepfool",))
-    with pytest.raises(ConfigurationError, match="pass cannot be measured of .*, whose inputs are no images"):
+    with pytest.raises(
+        ConfigurationError, match="pass cannot be measured of .*, whose inputs are no images"
+    ):
         comparison.compare(swept, tmp_path / "out", names=("deepfool", "pass"))

@@ -1,4 +1,6 @@
-"""Configurations: what is read, what is refused and in which words, and which run directories are taken."""
+"""Configurations: what is read, what is refused and in which words, and which run directories are
+taken.
+"""
 
 import json
 import pathlib
@@ -7,8 +9,9 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from dd_jax import baselines, configuration
-from dd_jax.configuration import ConfigurationError
+from dd_jax import defenses
+from dd_jax.experiment import configuration
+from dd_jax.experiment.configuration import ConfigurationError
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -51,27 +54,37 @@ def test_every_file_loads_and_differs_from_the_default_in_existing_fields_only(p
     assert path.stem == "default" or config != default
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "default"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem != "default"], ids=lambda path: path.stem
+)
 def test_every_file_names_its_command(path):
     text, config = path.read_text(), read(path=path)
     command = f"python train.py --config configs/{path.name}"
     if config.data.name != "digits":
         command += " --data_dir DIR"
     docstring = text.removeprefix('"""').split('"""')[0]
-    assert text.startswith('"""') and any(line.strip().startswith(command) for line in docstring.splitlines())
+    assert text.startswith('"""') and any(
+        line.strip().startswith(command) for line in docstring.splitlines()
+    )
 
 
 def test_the_default_describes_every_field_and_every_choice():
     lines = (ROOT / "configs/default.py").read_text().splitlines()
     for name in configuration.flatten(read()):
         field = f'"{name.split(".")[-1]}":'
-        described = [a for before, a in zip(["", *lines], lines, strict=False) if field in a and "#" in before + a]
+        described = [
+            a
+            for before, a in zip(["", *lines], lines, strict=False)
+            if field in a and "#" in before + a
+        ]
         assert described or name.endswith(("learning_rate", "overshoot")), f"{name} has no comment"
     for name, choices in configuration.CHOICES.items():
         section, field = name.split(".")
         found = [i for i, line in enumerate(lines) if f'"{field}":' in line]
         said = " ".join(line for i in found for line in lines[max(i - 2, 0) : i + 1])
-        assert all(re.search(rf"\b{choice}\b", said) for choice in choices), f"{name} does not list {choices}"
+        assert all(re.search(rf"\b{choice}\b", said) for choice in choices), (
+            f"{name} does not list {choices}"
+        )
 
 
 # Overrides
@@ -86,7 +99,12 @@ def test_overrides_take_the_type_of_the_field():
         "data.dir=a=b c",
         "model.name=nin",
     )
-    assert (config.seed, config.data.flip, config.data.dir, config.model.name) == (7, True, "a=b c", "nin")
+    assert (config.seed, config.data.flip, config.data.dir, config.model.name) == (
+        7,
+        True,
+        "a=b c",
+        "nin",
+    )
     assert config.defense.correct_scale == 30.0 and isinstance(config.defense.correct_scale, float)
     assert config.reference.weight_decay == 1e-3 and config.fine_tuning.weight_decay == 5e-4
     assert read("seed=1", "seed=2").seed == 2
@@ -96,11 +114,13 @@ def test_overrides_take_the_type_of_the_field():
 @pytest.mark.parametrize(
     "override, said",
     {
-        "defense.nope=1": "no field 'defense.nope' in the configuration; did you mean defense.norm or ",
+        "defense.nope=1": "no field 'defense.nope' in the configuration; did you mean defense.norm "
+        "or ",
         "defense.corect_scale=1": "did you mean defense.correct_scale",
         "model=mlp": "did you mean model.name",
         "xyzzy=1": "There is no field 'xyzzy' in the configuration; there are data.dir, data.flip, ",
-        "reference.batch_size=abc": "reference.batch_size is 'abc'; it must be a whole number, such as 100",
+        "reference.batch_size=abc": "reference.batch_size is 'abc'; it must be a whole number, "
+        "such as 100",
         "seed=1.5": "seed is '1.5'; it must be a whole number",
         "seed=True": "seed is 'True'; it must be a whole number",
         "seed=": "seed is ''; it must be a whole number",
@@ -114,23 +134,30 @@ def test_overrides_take_the_type_of_the_field():
         "evaluation.batch_size=0": "evaluation.batch_size is 0; it must be at least 1",
         "evaluation.num_steps=0": "evaluation.num_steps is 0; it must be at least 1",
         "defense.num_steps=0": "defense.num_steps is 0; it must be at least 1",
-        "defense.num_candidates=1": "defense.num_candidates is 1; it must be at least 2, or 0 for all classes",
-        "reference.num_epochs=-1": "reference.num_epochs is -1; it must be a finite number, 0 or more",
+        "defense.num_candidates=1": "defense.num_candidates is 1; it must be at least 2, or 0 for "
+        "all classes",
+        "reference.num_epochs=-1": "reference.num_epochs is -1; it must be a finite number, 0 or "
+        "more",
         "reference.learning_rate=0": "reference.learning_rate is 0.0; it must be above 0",
         "fine_tuning.learning_rate=-0.1": "fine_tuning.learning_rate is -0.1; it must be above 0",
         "reference.learning_rate=nan": "reference.learning_rate is 'nan'; it must be a number",
         "reference.learning_rate=inf": "reference.learning_rate is 'inf'; it must be a number",
-        "reference.learning_rate=1e999": "reference.learning_rate is inf; it must be a finite number",
-        "reference.momentum=-0.9": "reference.momentum is -0.9; it must be a finite number, 0 or more",
-        "fine_tuning.weight_decay=-1e-4": "fine_tuning.weight_decay is -0.0001; it must be a finite number, 0 or more",
-        "defense.penalty_weight=-15": "defense.penalty_weight is -15.0; it must be a finite number, 0 or more",
+        "reference.learning_rate=1e999": "reference.learning_rate is inf; it must be a finite "
+        "number",
+        "reference.momentum=-0.9": "reference.momentum is -0.9; it must be a finite number, 0 or "
+        "more",
+        "fine_tuning.weight_decay=-1e-4": "fine_tuning.weight_decay is -0.0001; it must be a "
+        "finite number, 0 or more",
+        "defense.penalty_weight=-15": "defense.penalty_weight is -15.0; it must be a finite "
+        "number, 0 or more",
         "defense.overshoot=abc": "defense.overshoot is 'abc'; it must be a number, such as 0.02",
         "data.name=minst": "data.name is 'minst'; it must be one of digits, mnist, cifar10",
         "data.preprocessing=zca": "it must be one of paper, none, mean_image, contrast_whiten",
         "model.name=resnet": "model.name is 'resnet'; it must be one of mlp, lenet, convnet, nin",
         "defense.name=deep": "defense.name is 'deep'; it must be one of clean, parseval, ",
         "defense.norm=l1": "defense.norm is 'l1'; it must be one of l2, linf",
-        "reference.schedule=linear": "reference.schedule is 'linear'; it must be one of halved_at_four_fifths, cosine",
+        "reference.schedule=linear": "reference.schedule is 'linear'; it must be one of "
+        "halved_at_four_fifths, cosine",
         "fine_tuning.schedule=": "fine_tuning.schedule is ''; it must be one of",
     }.items(),
 )
@@ -146,19 +173,21 @@ TAKEN_BY = {
     "penalty_weight": ("deep_defense", "deep_defense_fgsm"),
     "gradient_offset": ("deep_defense", "deep_defense_fgsm"),
     "num_steps": ("adversarial_deepfool", "deep_defense", "deep_defense_fgsm"),
-    "num_candidates": baselines.NAMES,  # The evaluation keeps to them.
-    "classes_at_once": baselines.NAMES,
+    "num_candidates": defenses.NAMES,  # The evaluation keeps to them.
+    "class_chunk_size": defenses.NAMES,
 }
 
 
 @pytest.mark.parametrize("option", TAKEN_BY)
-@pytest.mark.parametrize("name", baselines.NAMES)
+@pytest.mark.parametrize("name", defenses.NAMES)
 def test_an_option_that_the_defense_does_not_take_is_refused_where_it_is_given(option, name):
     field = f"defense.{option}"
-    override = f"{field}={configuration.flatten(read())[field]}"  # Its default counts as given, too.
+    # Its default counts as given, too.
+    override = f"{field}={configuration.flatten(read())[field]}"
     if name in TAKEN_BY[option]:
         assert (
-            read(f"defense.name={name}", override).defense.name == read(override, f"defense.name={name}").defense.name
+            read(f"defense.name={name}", override).defense.name
+            == read(override, f"defense.name={name}").defense.name
         )
         return
     said = (
@@ -170,20 +199,36 @@ def test_an_option_that_the_defense_does_not_take_is_refused_where_it_is_given(o
 
 
 def test_all_options_that_are_not_taken_are_named_and_files_may_set_them(tmp_path):
-    message = refusal(read, "defense.name=clean", "defense.beta=1", "defense.num_candidates=3", "defense.epsilon=1")
-    assert "defense.beta (which is for parseval), defense.epsilon (which is for adversarial_fgsm, " in message
+    message = refusal(
+        read,
+        "defense.name=clean",
+        "defense.beta=1",
+        "defense.num_candidates=3",
+        "defense.epsilon=1",
+    )
+    assert (
+        "defense.beta (which is for parseval), defense.epsilon (which is for adversarial_fgsm, "
+        in message
+    )
     assert "num_candidates" not in message
     path = tmp_path / "mine.py"
-    path.write_text(INHERIT + "config.defense.name = 'clean'\n    config.defense.beta = 0.5\n    return config")
+    path.write_text(
+        INHERIT + "config.defense.name = 'clean'\n    config.defense.beta = 0.5\n    return config"
+    )
     assert configuration.read(str(path)).defense.beta == 0.5
     with pytest.raises(ConfigurationError, match="The defense 'clean' does not take defense.beta"):
         configuration.read(str(path), ["--config.defense.beta=0.25"])
 
 
-@pytest.mark.parametrize("argument", ["--config.seed", "--workdr=runs/a", "--workdr", "seed=1", "config.seed=1", "-h2"])
+@pytest.mark.parametrize(
+    "argument", ["--config.seed", "--workdr=runs/a", "--workdr", "seed=1", "config.seed=1", "-h2"]
+)
 def test_what_is_no_override_costs_one_sentence(argument):
     message = refusal(configuration.read, "configs/default.py", [argument])
-    assert f"The argument {argument!r} is not understood; overrides look like --config.seed=1" in message
+    assert (
+        f"The argument {argument!r} is not understood; overrides look like --config.seed=1"
+        in message
+    )
 
 
 # Configuration files of the user's own
@@ -191,9 +236,14 @@ def test_what_is_no_override_costs_one_sentence(argument):
 
 def test_a_missing_file_is_refused_with_those_that_there_are():
     message = refusal(configuration.read, "configs/nope.py")
-    assert message.startswith("There is no configuration file configs/nope.py; there are configs/cifar_convnet.py, ")
+    assert message.startswith(
+        "There is no configuration file configs/nope.py; there are configs/cifar_convnet.py, "
+    )
     assert "__init__" not in message and "configs/mnist_mlp.py" in message
-    assert refusal(configuration.read, "nowhere/nope.py") == "There is no configuration file nowhere/nope.py."
+    assert (
+        refusal(configuration.read, "nowhere/nope.py")
+        == "There is no configuration file nowhere/nope.py."
+    )
     assert "There is no configuration file configs;" in refusal(configuration.read, "configs")
 
 
@@ -204,17 +254,18 @@ INHERIT = "from configs import default\ndef get_config():\n    config = default.
     "text, said",
     {
         "def get_config(:": "cannot be used: SyntaxError: ",
-        "import nonexistent_package": "cannot be used: ModuleNotFoundError: No module named 'nonexistent_package'",
+        "import nonexistent_package": "cannot be used: ModuleNotFoundError: No module named "
+        "'nonexistent_package'",
         "config = None": "cannot be used: AttributeError: ",
         "def get_config():\n    return {'seed': 1}": "gives a dict; it must give a ConfigDict",
         "def get_config():\n    pass": "gives a NoneType; it must give a ConfigDict",
         INHERIT + "config.defense.corect_scale = 3.0\n    return config": "corect_scale",
         INHERIT + "config.seed = 1.5\n    return config": "cannot be used: TypeError: ",
         INHERIT
-        + "config.fine_tuning.batch_size = 0\n    return config": "fine_tuning.batch_size is 0; it must be at least 1",
-        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 1})": (
-            "The configuration has no data.name, data.preprocessing, defense.name, "
-        ),
+        + "config.fine_tuning.batch_size = 0\n    return config": "fine_tuning.batch_size is 0; it "
+        "must be at least 1",
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': "
+        "1})": ("The configuration has no data.name, data.preprocessing, defense.name, "),
     }.items(),
 )
 def test_a_mistake_in_a_file_costs_one_sentence(tmp_path, text, said):
@@ -270,10 +321,15 @@ def refused_directory(workdir, config):
 
 
 def test_another_configurations_run_is_left_alone(tmp_path):
-    configuration.claim_directory(read("defense.correct_scale=10.0", "model.name=lenet"), tmp_path / "run")
+    configuration.claim_directory(
+        read("defense.correct_scale=10.0", "model.name=lenet"), tmp_path / "run"
+    )
     message = refused_directory(tmp_path / "run", read("defense.correct_scale=30"))
     assert f"The run directory {tmp_path / 'run'} belongs to another configuration: " in message
-    assert "defense.correct_scale (10.0 there, 30.0 here), model.name ('lenet' there, 'mlp' here)" in message
+    assert (
+        "defense.correct_scale (10.0 there, 30.0 here), model.name ('lenet' there, 'mlp' here)"
+        in message
+    )
     assert "--workdir" in message
 
 
@@ -282,7 +338,9 @@ def test_a_run_that_an_older_version_made_is_left_alone(tmp_path):
     fields = json.loads((tmp_path / "run/config.json").read_text())
     del fields["defense"]["overshoot"]
     (tmp_path / "run/config.json").write_text(json.dumps(fields))
-    assert "defense.overshoot (None there, 0.02 here)" in refused_directory(tmp_path / "run", read())
+    assert "defense.overshoot (None there, 0.02 here)" in refused_directory(
+        tmp_path / "run", read()
+    )
 
 
 def test_what_is_no_run_directory_is_left_alone(tmp_path):
@@ -290,16 +348,22 @@ def test_what_is_no_run_directory_is_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").write_text("precious")
     for name in ("file", "photos"):
-        assert "exists and is not a run directory (it has no config.json)" in refused_directory(tmp_path / name, read())
+        assert "exists and is not a run directory (it has no config.json)" in refused_directory(
+            tmp_path / name, read()
+        )
     before = contents(tmp_path)
-    assert "cannot be made (Not a directory)" in refusal(configuration.claim_directory, read(), tmp_path / "file/run")
+    assert "cannot be made (Not a directory)" in refusal(
+        configuration.claim_directory, read(), tmp_path / "file/run"
+    )
     assert contents(tmp_path) == before
 
 
 def test_loading_what_is_no_run_costs_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "file"):
-        assert f"{path} is not a run directory: it has no config.json" in refusal(configuration.load, path)
+        assert f"{path} is not a run directory: it has no config.json" in refusal(
+            configuration.load, path
+        )
 
 
 @pytest.mark.parametrize(
@@ -316,12 +380,17 @@ def test_a_damaged_or_foreign_configuration_costs_one_sentence(tmp_path, text, s
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(text)
     message = refused_directory(tmp_path / "run", read())
-    assert message.startswith(f"{tmp_path / 'run/config.json'} is damaged, or no run's (") and said in message
+    assert (
+        message.startswith(f"{tmp_path / 'run/config.json'} is damaged, or no run's (")
+        and said in message
+    )
     assert refusal(configuration.load, tmp_path / "run") == message
 
 
 def test_flatten():
     nested = {"a": 1, "b": {"c": 2.0, "d": {"e": "f"}}}
     assert (
-        configuration.flatten(nested) == configuration.flatten(ConfigDict(nested)) == {"a": 1, "b.c": 2.0, "b.d.e": "f"}
+        configuration.flatten(nested)
+        == configuration.flatten(ConfigDict(nested))
+        == {"a": 1, "b.c": 2.0, "b.d.e": "f"}
     )

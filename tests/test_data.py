@@ -18,10 +18,11 @@ import pytest
 
 from dd_jax import data, deepfool
 from dd_jax.attacks import carlini_wagner_l2, fgsm, fgsm_success_curve, minimal_fgsm, pgd
-from dd_jax.data import __main__ as downloads
+from dd_jax.data import download as downloads
 from dd_jax.data import preprocessing
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # What the package itself says of wrong arguments.
+# What the package itself says of wrong arguments.
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 ATTACKS = (
     deepfool,
@@ -61,14 +62,20 @@ def tfds_dir(tmp_path_factory):
         ids = {"id": "any"} if base.name == "cifar10" else {}
 
         def examples(split, images=images, ids=ids):
-            yield from ((i, {"image": png(x), "label": i, **ids}) for i, x in enumerate(images[split]))
+            yield from (
+                (i, {"image": png(x), "label": i, **ids}) for i, x in enumerate(images[split])
+            )
 
         def generators(self, _, examples=examples):
             return {split: examples(split) for split in ("train", "test")}
 
         with tfds.core.registered.skip_registration():
-            builder_class = type(base.__name__, (base,), {"_split_generators": generators, "__module__": __name__})
-        builder_class(data_dir=directory, file_format="array_record").download_and_prepare(file_format="array_record")
+            builder_class = type(
+                base.__name__, (base,), {"_split_generators": generators, "__module__": __name__}
+            )
+        builder_class(data_dir=directory, file_format="array_record").download_and_prepare(
+            file_format="array_record"
+        )
         written[base.name] = images
     return directory, written
 
@@ -78,7 +85,9 @@ def tfds_dir(tmp_path_factory):
 
 def test_importing_loads_neither_tfds_nor_tensorflow():
     code = "import sys, dd_jax.data; sys.exit(any(m in sys.modules for m in ('tensorflow_datasets', 'tensorflow')))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(downloads.__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=pathlib.Path(downloads.__file__).parents[2]
+    )
 
 
 def test_digits_are_a_fixed_even_split_of_scikit_learns():
@@ -87,30 +96,49 @@ def test_digits_are_a_fixed_even_split_of_scikit_learns():
     pixels, labels = load_digits(return_X_y=True)
     digits = data.load("digits", (8, 8, 1))
     assert digits.description == "digits (scikit-learn, 8x8x1)"
-    assert (digits.num_classes, len(digits.train_labels), len(digits.test_labels)) == (10, 1437, 360)
+    assert (digits.num_classes, len(digits.train_labels), len(digits.test_labels)) == (
+        10,
+        1437,
+        360,
+    )
     assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
     assert digits.train_labels.dtype == digits.test_labels.dtype == np.int32
     assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
     # Train and test together are the original, each digit as often: hence disjoint.
     originals = np.concatenate([np.rint(pixels * 255 / 16), labels[:, None]], axis=1)
     parts = [(digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)]
-    loaded = np.concatenate([np.concatenate([x.reshape(-1, 64), y[:, None]], axis=1) for x, y in parts])
+    loaded = np.concatenate(
+        [np.concatenate([x.reshape(-1, 64), y[:, None]], axis=1) for x, y in parts]
+    )
     np.testing.assert_array_equal(loaded[np.lexsort(loaded.T)], originals[np.lexsort(originals.T)])
     share = np.bincount(digits.test_labels) / np.bincount(labels)
     assert share.min() > 0.19 and share.max() < 0.21
-    np.testing.assert_array_equal(digits.test_labels[:10], data.load("digits", (28, 28, 1), test_limit=10).test_labels)
+    np.testing.assert_array_equal(
+        digits.test_labels[:10], data.load("digits", (28, 28, 1), test_limit=10).test_labels
+    )
 
 
 def test_digits_take_any_shape_and_limits():
     digits = data.load("digits", (32, 30, 3), train_limit=7, test_limit=10_000)
-    assert digits.train_images.shape == (7, 32, 30, 3) and digits.test_images.shape == (360, 32, 30, 3)
+    assert digits.train_images.shape == (7, 32, 30, 3) and digits.test_images.shape == (
+        360,
+        32,
+        30,
+        3,
+    )
     assert digits.description == (
-        "digits (scikit-learn, 8x8x1 enlarged to 32x30x3, grey in each channel; first 7 of 1437 train images)"
+        "digits (scikit-learn, 8x8x1 enlarged to 32x30x3, gray in each channel; first 7 of 1437 "
+        "train images)"
     )
     np.testing.assert_array_equal(digits.train_images[..., 0], digits.train_images[..., 2])
     small = data.load("digits", (8, 8, 1), train_limit=7)
-    # Enlarged fourfold in both directions, the picture is still the same: block means are the old pixels, nearly.
-    large = data.load("digits", (32, 32, 1), train_limit=7).train_images.reshape(7, 8, 4, 8, 4).mean(axis=(2, 4))
+    # Enlarged fourfold in both directions, the picture is still the same: block means are the old
+    # pixels, nearly.
+    large = (
+        data.load("digits", (32, 32, 1), train_limit=7)
+        .train_images.reshape(7, 8, 4, 8, 4)
+        .mean(axis=(2, 4))
+    )
     assert np.corrcoef(large.ravel(), small.train_images.ravel())[0, 1] > 0.98
 
 
@@ -136,11 +164,14 @@ def test_mnist_gets_a_black_margin_and_three_channels(tfds_dir, monkeypatch):
     directory, written = tfds_dir
     monkeypatch.setenv("TFDS_DATA_DIR", str(directory))
     mnist = data.load("mnist", (32, 32, 3))
-    assert "28x28x1 padded with black to 32x32x3, grey in each channel" in mnist.description
+    assert "28x28x1 padded with black to 32x32x3, gray in each channel" in mnist.description
     images = by_label(mnist.train_images, mnist.train_labels)
     for channel in range(3):
-        np.testing.assert_array_equal(images[:, 2:30, 2:30, channel], written["mnist"]["train"][..., 0])
-    assert images.sum() == 3 * written["mnist"]["train"].sum(dtype=np.int64)  # nothing but black around it
+        np.testing.assert_array_equal(
+            images[:, 2:30, 2:30, channel], written["mnist"]["train"][..., 0]
+        )
+    # nothing but black around it
+    assert images.sum() == 3 * written["mnist"]["train"].sum(dtype=np.int64)
     assert "enlarged to 64x64x1" in data.load("mnist", (64, 64, 1)).description
 
 
@@ -148,11 +179,11 @@ def test_cifar10_becomes_small_and_grey(tfds_dir):
     directory, written = tfds_dir
     cifar10 = data.load("cifar10", (32, 32, 1), data_dir=directory)
     red, green, blue = np.moveaxis(written["cifar10"]["test"].astype(float), -1, 0)
-    grey = by_label(cifar10.test_images, cifar10.test_labels)[..., 0]
-    assert np.abs(grey - (0.299 * red + 0.587 * green + 0.114 * blue)).max() < 0.5 + 1e-9
+    gray = by_label(cifar10.test_images, cifar10.test_labels)[..., 0]
+    assert np.abs(gray - (0.299 * red + 0.587 * green + 0.114 * blue)).max() < 0.5 + 1e-9
     small = data.load("cifar10", (28, 28, 1), data_dir=directory)
     assert small.train_images.shape == (10, 28, 28, 1)
-    assert "32x32x3 resized to 28x28x1, colours to their luma" in small.description
+    assert "32x32x3 resized to 28x28x1, colors to their luma" in small.description
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
@@ -164,7 +195,10 @@ def test_missing_data_costs_one_sentence_at_once(tmp_path, name):
     message = str(caught.value)
     assert f"{tmp_path}/with space/{name}/3.0." in message and "*.array_record*" in message
     assert f"`python -m dd_jax.data {name} --data_dir '{tmp_path}/with space'`" in message
-    assert message.endswith("--config.data.name=digits, which needs no download") and "\n" not in message
+    assert (
+        message.endswith("--config.data.name=digits, which needs no download")
+        and "\n" not in message
+    )
 
 
 def test_other_formats_and_broken_files_cost_one_sentence(tmp_path):
@@ -172,7 +206,10 @@ def test_other_formats_and_broken_files_cost_one_sentence(tmp_path):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text("{}")
     (folder / "mnist-train.tfrecord-00000-of-00001").touch()
-    with pytest.raises(data.DataError, match="another file format.*python -m dd_jax.data mnist --data_dir OTHER_DIR"):
+    with pytest.raises(
+        data.DataError,
+        match="another file format.*python -m dd_jax.data mnist --data_dir OTHER_DIR",
+    ):
         data.load("mnist", (28, 28, 1), data_dir=tmp_path)
     for split in ("train", "test"):
         (folder / f"mnist-{split}.array_record-00000-of-00001").touch()
@@ -198,10 +235,16 @@ def test_impossible_arguments(arguments, message):
 
 @pytest.fixture
 def website(tmp_path, monkeypatch):
-    """A local server of downloads, three files of which are there: CIFAR-10, and MNIST without its test labels."""
+    """A local server of downloads, three files of which are there: CIFAR-10, and MNIST without its
+    test labels.
+    """
     import tensorflow_datasets as tfds
 
-    for name, header in (("train-images-idx3", 16), ("train-labels-idx1", 8), ("t10k-images-idx3", 16)):
+    for name, header in (
+        ("train-images-idx3", 16),
+        ("train-labels-idx1", 8),
+        ("t10k-images-idx3", 16),
+    ):
         content = random_images((3, 28, 28)).tobytes() if header == 16 else bytes([0, 1, 2])
         (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + content))
     planes = random_images((12, 3, 32, 32))
@@ -232,7 +275,11 @@ def test_download_prepares_what_load_reads(website, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["data", "cifar10", "--data_dir", str(tmp_path / "tfds")])
     downloads.main()
     assert f"cifar10 is ready in {tmp_path}/tfds/cifar10/3.0.2" in capsys.readouterr().out
-    examples = list(downloads.mnist_examples(*(tmp_path / f"train-{part}-ubyte.gz" for part in downloads.MNIST_PARTS)))
+    examples = list(
+        downloads.mnist_examples(
+            *(tmp_path / f"train-{part}-ubyte.gz" for part in downloads.MNIST_PARTS)
+        )
+    )
     assert [(key, example["label"]) for key, example in examples] == [(0, 0), (1, 1), (2, 2)]
     decoded = [np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for _, example in examples]
     np.testing.assert_array_equal(decoded, random_images((3, 28, 28)))
@@ -241,7 +288,9 @@ def test_download_prepares_what_load_reads(website, tmp_path, monkeypatch, capsy
 def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    with pytest.raises(data.DataError, match="mnist could not be downloaded from http://127.*DownloadError"):
+    with pytest.raises(
+        data.DataError, match="mnist could not be downloaded from http://127.*DownloadError"
+    ):
         data.load("mnist", (28, 28, 1), data_dir=tmp_path / "tfds", download=True)
     monkeypatch.setattr(tfds.image_classification.MNIST, "URL", "http://127.0.0.1:1/")
     monkeypatch.setattr(sys, "argv", ["data", "mnist", "--data_dir", str(tmp_path / "tfds")])
@@ -250,7 +299,9 @@ def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["svhn", "imagenet2012", "CIFAR10", "digits"])
-def test_a_third_set_is_refused_in_one_sentence_and_not_taken_for_cifar10(tmp_path, monkeypatch, name):
+def test_a_third_set_is_refused_in_one_sentence_and_not_taken_for_cifar10(
+    tmp_path, monkeypatch, name
+):
     said = f"{name!r} cannot be downloaded: choose one of mnist, cifar10"
     with pytest.raises(data.DataError, match=f"^{said}"):
         downloads.download(name, tmp_path)
@@ -278,8 +329,11 @@ def test_none_and_mean_image():
     np.testing.assert_array_equal(upper, mean_image(np.full_like(test, 255)))
     for attack in ATTACKS:
         for fitted in (none, mean_image):
-            run = functools.partial(attack, lambda x: x.reshape(len(x), -1), bounds=data.bounds(fitted))
-            jax.eval_shape(run, np.zeros((3, *train.shape[1:]), np.float32))  # The attacks take these bounds.
+            run = functools.partial(
+                attack, lambda x: x.reshape(len(x), -1), bounds=data.bounds(fitted)
+            )
+            # The attacks take these bounds.
+            jax.eval_shape(run, np.zeros((3, *train.shape[1:]), np.float32))
     for fitted in (none, mean_image):
         back = data.make_to_images(fitted)(fitted(test))
         np.testing.assert_allclose(back, test / 255, atol=1e-6)
@@ -287,14 +341,20 @@ def test_none_and_mean_image():
 
 
 def test_contrast_whiten_on_two_pixels_by_hand():
-    # Around the mean image (100, 100) lie +-(100, -100), of standard deviation 100 sqrt(2), and +-(20, -20), whose
-    # 20 sqrt(2) is below 40. Their mean, 60 sqrt(2), makes them +-(60, -60) and +-(30, -30) sqrt(2). Along (1, -1) the
-    # eigenvalue is (2 * 60^2 + 4 * 30^2) / 2 = 5400, along (1, 1) it is 0: the gain is sqrt(2700 / 5400).
+    # Around the mean image (100, 100) lie +-(100, -100), of standard deviation 100 sqrt(2), and
+    # +-(20, -20), whose 20 sqrt(2) is below 40. Their mean, 60 sqrt(2), makes them +-(60, -60) and
+    # +-(30, -30) sqrt(2). Along (1, -1) the eigenvalue is (2 * 60^2 + 4 * 30^2) / 2 = 5400, along
+    # (1, 1) it is 0: the gain is sqrt(2700 / 5400).
     train = np.uint8([[200, 0], [0, 200], [120, 80], [80, 120]]).reshape(4, 1, 2, 1)
     fitted = data.fit("contrast_whiten", train)
     np.testing.assert_allclose(fitted.mean_contrast, 60 * np.sqrt(2), rtol=1e-6)
     expected = np.array(
-        [[60, -60], [-60, 60], [30 * np.sqrt(2), -30 * np.sqrt(2)], [-30 * np.sqrt(2), 30 * np.sqrt(2)]]
+        [
+            [60, -60],
+            [-60, 60],
+            [30 * np.sqrt(2), -30 * np.sqrt(2)],
+            [-30 * np.sqrt(2), 30 * np.sqrt(2)],
+        ]
     )
     np.testing.assert_allclose(fitted(train).reshape(4, 2), expected / np.sqrt(2) / 255, rtol=1e-5)
     flat = fitted(np.full((1, 1, 2, 1), 77, np.uint8))
@@ -315,14 +375,21 @@ def test_whitening_floors_the_small_eigenvalues():
 
 def test_whitening_whitens_the_training_images_and_keeps_their_energy():
     mixing = 0.8 * np.eye(12) + np.random.default_rng(3).normal(size=(12, 12)) / 10
-    train = np.clip((random_images((5000, 12)) - 127.5) @ mixing + 128, 0, 255).astype(np.uint8).reshape(-1, 2, 2, 3)
+    train = (
+        np.clip((random_images((5000, 12)) - 127.5) @ mixing + 128, 0, 255)
+        .astype(np.uint8)
+        .reshape(-1, 2, 2, 3)
+    )
     inputs = data.fit("contrast_whiten", train)(train).reshape(-1, 12).astype(np.float64) * 255
     second_moment = inputs.T @ inputs / len(inputs)
-    # All eigenvalues are above the floor but one: the mean of each image was taken away, so (1, ..., 1) is empty.
+    # All eigenvalues are above the floor but one: the mean of each image was taken away, so (1,
+    # ..., 1) is empty.
     kept = np.eye(12) - 1 / 12
     energy = second_moment.trace() / 11
     np.testing.assert_allclose(second_moment, energy * kept, atol=1e-4 * energy)
-    levels, _ = preprocessing._normalised_contrast(train, train.mean(axis=0, dtype=np.float64).astype(np.float32))
+    levels, _ = preprocessing._normalized_contrast(
+        train, train.mean(axis=0, dtype=np.float64).astype(np.float32)
+    )
     levels *= data.fit("contrast_whiten", train).mean_contrast
     np.testing.assert_allclose(energy, (levels**2).sum() / len(levels) / 12, rtol=1e-4)
 
@@ -334,11 +401,15 @@ def test_preprocessing_survives_a_file_and_knows_no_test_image(tmp_path, monkeyp
     fitted = data.fit(name, train)
     inputs = fitted(test)
     assert inputs.dtype == np.float32 and fitted(test[:0]).shape == (0, 4, 4, 3)
-    np.testing.assert_allclose(np.concatenate([fitted(image[None]) for image in test]), inputs, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([fitted(image[None]) for image in test]), inputs, atol=1e-5
+    )
     fitted.save(tmp_path / "preprocessing.npz")
     restored = data.Preprocessing.load(tmp_path / "preprocessing.npz")
     np.testing.assert_array_equal(restored(test), inputs)
-    assert restored.name == name and [path.name for path in tmp_path.iterdir()] == ["preprocessing.npz"]
+    assert restored.name == name and [path.name for path in tmp_path.iterdir()] == [
+        "preprocessing.npz"
+    ]
     monkeypatch.undo()
     np.testing.assert_allclose(data.fit(name, train)(test), inputs, atol=1e-5)
 
@@ -351,7 +422,9 @@ def test_impossible_preprocessing(tmp_path):
         data.fit("mean_image", images[:0])
     with pytest.raises(ValueError, match="uint8.*float64"):
         data.fit("none", images / 255)
-    with pytest.raises(ValueError, match=r"fitted on images of shape \(2, 2, 1\), got images of shape \(1, 2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"fitted on images of shape \(2, 2, 1\), got images of shape \(1, 2, 1\)"
+    ):
         data.fit("mean_image", images)(images[:, :1])
     np.savez(tmp_path / "other.npz", weights=np.ones(3))
     with pytest.raises(ValueError, match="not a file that Preprocessing.save wrote"):
@@ -364,7 +437,9 @@ def test_impossible_preprocessing(tmp_path):
 def numbered(count):
     """Images whose pixels tell their row: 2 pixels, (row, -row - 1)."""
     rows = np.arange(count)
-    return np.stack([rows, -rows - 1], axis=1).reshape(count, 1, 2, 1).astype(np.float32), rows.astype(np.int32)
+    return np.stack([rows, -rows - 1], axis=1).reshape(count, 1, 2, 1).astype(
+        np.float32
+    ), rows.astype(np.int32)
 
 
 def test_an_epoch_shows_every_example_once_and_the_next_in_another_order():
@@ -380,14 +455,18 @@ def test_an_epoch_shows_every_example_once_and_the_next_in_another_order():
     assert len(set(first)) == len(set(second)) == 20  # 3 of the 23 sit an epoch out
     assert list(first) != list(second) and list(first) != sorted(first)
     assert list(batch_of(seed=4, step=0)["label"]) != list(steps[0]["label"])
-    full = np.concatenate([data.training_batch(images, labels, batch_size=23, seed=0, step=7)["label"]])
+    full = np.concatenate(
+        [data.training_batch(images, labels, batch_size=23, seed=0, step=7)["label"]]
+    )
     assert sorted(full) == list(range(23))
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_training_batch_depends_on_seed_and_step_alone(flip):
     images, labels = numbered(40)
-    batch_of = functools.partial(data.training_batch, images, labels, batch_size=8, seed=1, flip=flip)
+    batch_of = functools.partial(
+        data.training_batch, images, labels, batch_size=8, seed=1, flip=flip
+    )
     in_order = [batch_of(step=step) for step in range(20)]
     for step in (19, 3, 11, 4):
         again = batch_of(step=step)
@@ -415,7 +494,11 @@ def test_evaluation_batches_keep_order_and_are_filled_up():
     assert [list(batch["mask"]) for batch in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
     for batch in batches:
         assert batch["image"].shape == (3, 1, 2, 1)
-        assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (np.float32, np.int32, np.float32)
+        assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (
+            np.float32,
+            np.int32,
+            np.float32,
+        )
     np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in batches])[:7], images)
     assert not batches[2]["image"][1:].any()
     assert len(list(data.evaluation_batches(images, labels, 7))) == 1

@@ -1,4 +1,6 @@
-"""Measuring a data set: batches and subsets do not show in the figures, and the epsilon of 50 % is the closed form's."""
+"""Measuring a data set: batches and subsets do not show in the figures, and the epsilon of 50 % is
+the closed form's.
+"""
 
 import json
 from functools import partial
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dd_jax import evaluation, measurements, metrics, parallel
-from dd_jax.evaluation import Settings, fgs_accuracy, half_epsilon, in_memory, measure
-from dd_jax.perceptual import pass_scores
+from dd_jax import evaluation, parallel
+from dd_jax.data import in_memory
+from dd_jax.evaluation import measurements, metrics
+from dd_jax.evaluation.evaluate import Settings, fgsm_accuracy, half_epsilon, measure
+from dd_jax.evaluation.pass_score import pass_scores
 from dd_jax.types import AttackResult
 
 NUM_EXAMPLES, SHAPE, NUM_VALUES = 45, (16, 16, 1), 256
@@ -20,7 +24,9 @@ random = np.random.default_rng(1)
 DIGITS = load_digits().images[:NUM_EXAMPLES].astype(np.float32) / 16  # Noise could not be aligned.
 INPUTS = np.stack([cv2.resize(image, SHAPE[:2]) for image in DIGITS])[..., None]
 LABELS = random.integers(0, 2, NUM_EXAMPLES).astype(np.int32)
-WEIGHTS = (random.normal(size=(NUM_VALUES, 2)) * np.geomspace(0.2, 2, NUM_VALUES)[:, None]).astype(np.float32)
+WEIGHTS = (random.normal(size=(NUM_VALUES, 2)) * np.geomspace(0.2, 2, NUM_VALUES)[:, None]).astype(
+    np.float32
+)
 VARIABLES = {"weights": WEIGHTS, "bias": np.float32(0.0)}
 SETTINGS = Settings(
     num_steps=5,
@@ -31,7 +37,7 @@ SETTINGS = Settings(
     pgd_num_steps=3,
     carlini_wagner_num_steps=40,
 )
-ALL = ("deepfool", "fgs", "pgd", "carlini_wagner", "pass")
+ALL = ("deepfool", "fgsm", "pgd", "carlini_wagner", "pass")
 BOUNDS = (0.0, 1.0)
 traced = []
 
@@ -39,7 +45,10 @@ traced = []
 def net(variables, x):
     """Two classes, divided by a plane."""
     traced.append(x.shape)
-    return x.reshape(x.shape[0], -1) @ variables["weights"] + jnp.stack([variables["bias"], -variables["bias"]])[None]
+    return (
+        x.reshape(x.shape[0], -1) @ variables["weights"]
+        + jnp.stack([variables["bias"], -variables["bias"]])[None]
+    )
 
 
 def distances(variables=VARIABLES, inputs=INPUTS):
@@ -51,12 +60,16 @@ def distances(variables=VARIABLES, inputs=INPUTS):
 
 RIGHT = distances()[0]  # As labels they make the net's accuracy 1.
 run = partial(measure, net, VARIABLES, show_progress=False, settings=SETTINGS)
-run_all = partial(run, names=ALL, bounds=BOUNDS, to_images=lambda inputs: inputs, carlini_wagner_examples=20)
+run_all = partial(
+    run, names=ALL, bounds=BOUNDS, to_images=lambda inputs: inputs, carlini_wagner_examples=20
+)
 quiet = dict(show_progress=False, batch_size=20)
 
 
 def assert_same(first, second):
-    """Equal up to rounding, curves and all; of PASS, where rounding may decide whether an image is aligned, up to one."""
+    """Equal up to rounding, curves and all; of PASS, where rounding may decide whether an image is
+    aligned, up to one.
+    """
     assert first.keys() == second.keys()
     for name, value in first.items():
         tolerance = dict(atol=1.01 / NUM_EXAMPLES) if name.startswith("pass") else dict(rtol=2e-5)
@@ -72,17 +85,31 @@ def test_the_summary_says_everything_and_can_be_written(everything):
     assert list(everything)[:2] == ["num_examples", "accuracy"]
     assert set(everything) == {
         *("num_examples", "accuracy", "rho_l2", "l2", "deepfool_success", "deepfool_steps"),
-        *("rho_linf", "fgs_success", "fgs_curve", "accuracy_pgd"),
-        *("l2_carlini_wagner", "carlini_wagner_success", "carlini_wagner_examples", "pass", "pass_unaligned"),
-        *(f"{name}_disagreements" for name in ("deepfool", "fgs", "pgd", "carlini_wagner")),
+        *("rho_linf", "fgsm_success", "fgsm_curve", "accuracy_pgd"),
+        *(
+            "l2_carlini_wagner",
+            "carlini_wagner_success",
+            "carlini_wagner_examples",
+            "pass",
+            "pass_unaligned",
+        ),
+        *(f"{name}_disagreements" for name in ("deepfool", "fgsm", "pgd", "carlini_wagner")),
     }
     assert json.loads(json.dumps(everything)) == everything
     predicted, linf = distances()
-    assert everything["num_examples"] == NUM_EXAMPLES and everything["accuracy"] == np.mean(predicted == LABELS)
-    assert everything["accuracy_pgd"] == np.mean((predicted == LABELS) & (linf > 0.02)) < everything["accuracy"]
-    curve = everything["fgs_curve"]
+    assert everything["num_examples"] == NUM_EXAMPLES and everything["accuracy"] == np.mean(
+        predicted == LABELS
+    )
+    assert (
+        everything["accuracy_pgd"]
+        == np.mean((predicted == LABELS) & (linf > 0.02))
+        < everything["accuracy"]
+    )
+    curve = everything["fgsm_curve"]
     np.testing.assert_allclose(curve["epsilons"], np.linspace(0, 0.1, 5))
-    assert len(curve["success"]) == 5 and curve["success"][0] == pytest.approx(1 - everything["accuracy"])
+    assert len(curve["success"]) == 5 and curve["success"][0] == pytest.approx(
+        1 - everything["accuracy"]
+    )
     assert everything["carlini_wagner_examples"] == 20
 
 
@@ -100,10 +127,18 @@ def test_two_devices_give_what_one_gives(everything):
         net, VARIABLES, in_memory(INPUTS, RIGHT), **quiet
     )
     settings = SETTINGS._replace(pgd_seed=0)
-    assert 0 < run(in_memory(INPUTS, RIGHT), names=("pgd",), **spread | {"settings": settings})["accuracy_pgd"] < 1
+    assert (
+        0
+        < run(in_memory(INPUTS, RIGHT), names=("pgd",), **spread | {"settings": settings})[
+            "accuracy_pgd"
+        ]
+        < 1
+    )
 
 
-@pytest.mark.parametrize("names", [(), ("deepfool",), ("pass",), ("carlini_wagner",), ("pgd", "fgs")])
+@pytest.mark.parametrize(
+    "names", [(), ("deepfool",), ("pass",), ("carlini_wagner",), ("pgd", "fgsm")]
+)
 def test_any_subset_gives_what_all_give(everything, names):
     some = run_all(in_memory(INPUTS, LABELS), names=names, batch_size=20)
     assert len(some) > 2 or not names
@@ -113,7 +148,12 @@ def test_any_subset_gives_what_all_give(everything, names):
 def test_a_limit_takes_the_first_examples():
     assert_same(run(in_memory(INPUTS, LABELS), limit=13), run(in_memory(INPUTS[:13], LABELS[:13])))
     wanted = run(in_memory(INPUTS[:7], LABELS[:7]), names=("carlini_wagner",), bounds=BOUNDS)
-    found = run(in_memory(INPUTS, LABELS), names=("carlini_wagner",), bounds=BOUNDS, carlini_wagner_examples=7)
+    found = run(
+        in_memory(INPUTS, LABELS),
+        names=("carlini_wagner",),
+        bounds=BOUNDS,
+        carlini_wagner_examples=7,
+    )
     assert found["carlini_wagner_examples"] == 7 and found["num_examples"] == NUM_EXAMPLES
     assert found["accuracy"] != wanted["accuracy"]
     assert found["l2_carlini_wagner"] == pytest.approx(wanted["l2_carlini_wagner"], rel=1e-4)
@@ -123,12 +163,19 @@ def test_pass_is_that_of_deepfools_examples():
     to_images = lambda inputs: 0.5 + 0.25 * inputs  # noqa: E731
     difference = WEIGHTS[:, 0] - WEIGHTS[:, 1]
     gaps = INPUTS.reshape(NUM_EXAMPLES, -1) @ difference
-    perturbations = (-1.02 * gaps[:, None] * difference / np.sum(difference**2)).reshape(INPUTS.shape)
+    perturbations = (-1.02 * gaps[:, None] * difference / np.sum(difference**2)).reshape(
+        INPUTS.shape
+    )
     scores, aligned = pass_scores(to_images(INPUTS), to_images(INPUTS + perturbations))
     found = run(in_memory(INPUTS, LABELS), names=("pass",), to_images=to_images, batch_size=20)
     assert found["pass"] == pytest.approx(scores.mean(), abs=1e-3) and scores.mean() < 0.999
     assert found["pass_unaligned"] == pytest.approx(np.mean(~aligned))
-    flat = run(in_memory(np.zeros_like(INPUTS), LABELS), names=("pass",), to_images=to_images, batch_size=20)
+    flat = run(
+        in_memory(np.zeros_like(INPUTS), LABELS),
+        names=("pass",),
+        to_images=to_images,
+        batch_size=20,
+    )
     assert flat["pass_unaligned"] == 1.0
 
 
@@ -136,26 +183,36 @@ def test_pass_is_that_of_deepfools_examples():
 
 
 def lying(attack, judge):
-    """A compiler that has the attack find a hundredth of what it should, and say that it succeeded everywhere."""
+    """A compiler that has the attack find a hundredth of what it should, and say that it succeeded
+    everywhere.
+    """
 
     def wrong(shared, batch):
         is_result = lambda x: isinstance(x, AttackResult)
-        lie = lambda result: AttackResult(0.01 * result.perturbation, result.success | True, result.num_steps)
-        return jax.tree.map(lambda x: lie(x) if is_result(x) else x, attack(shared, batch), is_leaf=is_result)
+        lie = lambda result: AttackResult(
+            0.01 * result.perturbation, result.success | True, result.num_steps
+        )
+        return jax.tree.map(
+            lambda x: lie(x) if is_result(x) else x, attack(shared, batch), is_leaf=is_result
+        )
 
     return evaluation.in_two_programs(wrong, judge)
 
 
 def test_a_lying_compiler_is_caught(everything):
-    names = ("deepfool", "fgs", "pgd", "carlini_wagner")
+    names = ("deepfool", "fgsm", "pgd", "carlini_wagner")
     options = dict(names=names, bounds=BOUNDS, carlini_wagner_examples=20, compile_fn=lying)
     found = run(in_memory(INPUTS, RIGHT), **options)
-    assert [found[name] for name in ("deepfool_success", "fgs_success", "carlini_wagner_success")] == [0, 0, 0]
+    assert [
+        found[name] for name in ("deepfool_success", "fgsm_success", "carlini_wagner_success")
+    ] == [0, 0, 0]
     assert found["accuracy_pgd"] == found["accuracy"] == 1.0
     numbers = [found[f"{name}_disagreements"] for name in names]
     assert numbers == [NUM_EXAMPLES, NUM_EXAMPLES, NUM_EXAMPLES, 20]
-    assert found["l2"] == pytest.approx(0.01 * everything["l2"], rel=1e-3)  # The size is that of what was seen.
-    assert found["fgs_curve"]["success"][0] == 0 < found["fgs_curve"]["success"][-1]  # The judge's own.
+    # The size is that of what was seen.
+    assert found["l2"] == pytest.approx(0.01 * everything["l2"], rel=1e-3)
+    # The judge's own.
+    assert found["fgsm_curve"]["success"][0] == 0 < found["fgsm_curve"]["success"][-1]
 
 
 def test_a_lying_attack_is_caught(monkeypatch):
@@ -166,11 +223,16 @@ def test_a_lying_attack_is_caught(monkeypatch):
     monkeypatch.setattr(measurements, "deepfool", lie)
     truthful = dict(names=("pgd",), bounds=BOUNDS)
     found = run(in_memory(INPUTS, RIGHT), names=("deepfool", "pgd"), bounds=BOUNDS, batch_size=17)
-    assert found["deepfool_success"] == 0 and found["deepfool_disagreements"] == NUM_EXAMPLES and found["l2"] == 0
+    assert (
+        found["deepfool_success"] == 0
+        and found["deepfool_disagreements"] == NUM_EXAMPLES
+        and found["l2"] == 0
+    )
     assert found["pgd_disagreements"] == 0
     assert found["accuracy_pgd"] == run(in_memory(INPUTS, RIGHT), **truthful)["accuracy_pgd"] < 1
     assert metrics.remarks(found, "deep_defense") == [
-        f"DeepFool on deep_defense: its own success and a plain forward pass disagree on {NUM_EXAMPLES} of {NUM_EXAMPLES} "
+        f"DeepFool on deep_defense: its own success and a plain forward pass disagree on "
+        f"{NUM_EXAMPLES} of {NUM_EXAMPLES} "
         "images; the figures count the forward pass."
     ]
 
@@ -202,7 +264,9 @@ def test_the_attack_and_the_judge_are_two_programs():
         programs.extend((attack, judge))
         return evaluation.in_two_programs(attack, judge)
 
-    run(in_memory(INPUTS, LABELS), names=("deepfool",), compile_fn=counting, batch_size=NUM_EXAMPLES)
+    run(
+        in_memory(INPUTS, LABELS), names=("deepfool",), compile_fn=counting, batch_size=NUM_EXAMPLES
+    )
     shared = {"variables": VARIABLES, "bounds": None, "key": None}
     batch = {"image": INPUTS, "label": LABELS, "mask": np.ones(NUM_EXAMPLES, np.float32)}
     attack, judge = programs
@@ -215,21 +279,34 @@ def test_the_attack_and_the_judge_are_two_programs():
 def test_new_weights_compile_nothing():
     first = run(in_memory(INPUTS, LABELS), batch_size=20)
     traced.clear()
-    other = measure(net, VARIABLES | {"bias": np.float32(3)}, in_memory(INPUTS, LABELS), settings=SETTINGS, **quiet)
+    other = measure(
+        net,
+        VARIABLES | {"bias": np.float32(3)},
+        in_memory(INPUTS, LABELS),
+        settings=SETTINGS,
+        **quiet,
+    )
     assert traced == [] and other["l2"] != first["l2"]
 
 
 def test_bounds_may_be_those_of_a_batch_or_of_each_pixel():
     lower = np.full((1, *SHAPE), -0.1, np.float32)
-    each = run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(lower, 1 + lower[0]))
-    assert_same(run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(-0.1, 0.9)), each)
-    assert run(in_memory(INPUTS, LABELS), names=("fgs",))["rho_linf"] < each["rho_linf"]
+    each = run(in_memory(INPUTS, LABELS), names=("fgsm",), bounds=(lower, 1 + lower[0]))
+    assert_same(run(in_memory(INPUTS, LABELS), names=("fgsm",), bounds=(-0.1, 0.9)), each)
+    assert run(in_memory(INPUTS, LABELS), names=("fgsm",))["rho_linf"] < each["rho_linf"]
 
 
 def test_without_bounds_carlini_wagners_box_is_the_inputs_range():
-    found = run(in_memory(2 * INPUTS, LABELS), names=("carlini_wagner",), carlini_wagner_examples=10)
+    found = run(
+        in_memory(2 * INPUTS, LABELS), names=("carlini_wagner",), carlini_wagner_examples=10
+    )
     bounds = (float(2 * INPUTS.min()), float(2 * INPUTS.max()))
-    wanted = run(in_memory(2 * INPUTS, LABELS), names=("carlini_wagner",), carlini_wagner_examples=10, bounds=bounds)
+    wanted = run(
+        in_memory(2 * INPUTS, LABELS),
+        names=("carlini_wagner",),
+        carlini_wagner_examples=10,
+        bounds=bounds,
+    )
     assert found["l2_carlini_wagner"] == pytest.approx(wanted["l2_carlini_wagner"], rel=1e-6)
 
 
@@ -238,30 +315,48 @@ def test_random_starts_are_repeated_by_their_seed():
     epsilon = float(np.median(distances()[1]))
     settings = SETTINGS._replace(pgd_num_steps=1, pgd_epsilon=epsilon, pgd_step_size=epsilon)
     accuracy = lambda seed: run(  # noqa: E731
-        in_memory(INPUTS, RIGHT), names=("pgd",), settings=settings._replace(pgd_seed=seed), batch_size=20
+        in_memory(INPUTS, RIGHT),
+        names=("pgd",),
+        settings=settings._replace(pgd_seed=seed),
+        batch_size=20,
     )["accuracy_pgd"]
     assert accuracy(0) == accuracy(0) > accuracy(None) > 0
-    keys = [evaluation.random_key(settings._replace(pgd_seed=seed), batch) for seed, batch in ((0, 0), (0, 1), (1, 0))]
+    keys = [
+        evaluation.random_key(settings._replace(pgd_seed=seed), batch)
+        for seed, batch in ((0, 0), (0, 1), (1, 0))
+    ]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
 
 
 def test_progress_is_shown_with_the_time_left_if_wanted(capsys):
-    measure(net, VARIABLES, in_memory(INPUTS, LABELS), settings=SETTINGS, batch_size=20, description="reference")
+    measure(
+        net,
+        VARIABLES,
+        in_memory(INPUTS, LABELS),
+        settings=SETTINGS,
+        batch_size=20,
+        description="reference",
+    )
     shown = capsys.readouterr().err
     assert "reference: 100%" in shown and "45/45" in shown and "image/s" in shown
     run(in_memory(INPUTS, LABELS), batch_size=20)
     assert capsys.readouterr().err == ""
 
 
-# FGS at given epsilons, and the epsilon at which half of the images fall
+# FGSM at given epsilons, and the epsilon at which half of the images fall
 
 
 @pytest.mark.parametrize("batch_size", [20, 45, 100])
-def test_accuracy_under_fgs(batch_size):
+def test_accuracy_under_fgsm(batch_size):
     predicted, linf = distances()
     epsilons = [0.03, 0.0, 0.01, 0.3]
-    found = fgs_accuracy(
-        net, VARIABLES, in_memory(INPUTS, LABELS), epsilons, batch_size=batch_size, show_progress=False
+    found = fgsm_accuracy(
+        net,
+        VARIABLES,
+        in_memory(INPUTS, LABELS),
+        epsilons,
+        batch_size=batch_size,
+        show_progress=False,
     )
     assert found == [np.mean((predicted == LABELS) & (linf > epsilon)) for epsilon in epsilons]
     assert len(set(found)) == 4
@@ -273,24 +368,39 @@ def test_half_epsilon_is_the_closed_forms(count, max_epsilon):
     """It is the distance of that image with which half of them, or one more, have fallen."""
     linf = np.sort(distances()[1][:count])
     wanted = linf[(count + 1) // 2 - 1]
-    found = half_epsilon(net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), max_epsilon=max_epsilon, **quiet)
+    found = half_epsilon(
+        net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), max_epsilon=max_epsilon, **quiet
+    )
     assert wanted * (1 - 1e-4) <= found <= wanted * 1.0011
-    accuracy = fgs_accuracy(net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), [found, found / 1.0012], **quiet)
+    accuracy = fgsm_accuracy(
+        net, VARIABLES, in_memory(INPUTS[:count], RIGHT[:count]), [found, found / 1.0012], **quiet
+    )
     assert accuracy[0] <= 0.5 < accuracy[1]
 
 
 def test_what_is_misclassified_anyway_counts():
     wrong = np.arange(NUM_EXAMPLES) % 4 == 0  # 12 of 45.
     linf = np.sort(np.where(wrong, 0, distances()[1]))
-    found = half_epsilon(net, VARIABLES, in_memory(INPUTS, np.where(wrong, 1 - RIGHT, RIGHT)), **quiet)
-    assert found == pytest.approx(linf[22], rel=1.1e-3) and found < np.median(distances()[1]) / 1.002
+    found = half_epsilon(
+        net, VARIABLES, in_memory(INPUTS, np.where(wrong, 1 - RIGHT, RIGHT)), **quiet
+    )
+    assert (
+        found == pytest.approx(linf[22], rel=1.1e-3) and found < np.median(distances()[1]) / 1.002
+    )
 
 
 def test_half_epsilon_at_its_ends():
     assert half_epsilon(net, VARIABLES, in_memory(INPUTS, 1 - RIGHT), **quiet) == 0.0
     median = np.median(distances()[1])
-    assert half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(0.99 * median), **quiet) is None
-    found = half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(1.0001 * median), **quiet)
+    assert (
+        half_epsilon(
+            net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(0.99 * median), **quiet
+        )
+        is None
+    )
+    found = half_epsilon(
+        net, VARIABLES, in_memory(INPUTS, RIGHT), max_epsilon=float(1.0001 * median), **quiet
+    )
     assert found == pytest.approx(median, rel=1.1e-3)
 
 
@@ -307,12 +417,15 @@ def test_half_epsilon_searches_with_few_compilations():
         (lambda: run(in_memory(INPUTS[:0], LABELS[:0])), "There is no example to measure"),
         (lambda: run(in_memory(INPUTS, LABELS), limit=0), "There is no example to measure"),
         (
-            lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS[:0], LABELS[:0]), [0.1]),
+            lambda: fgsm_accuracy(net, VARIABLES, in_memory(INPUTS[:0], LABELS[:0]), [0.1]),
             "There is no example to measure",
         ),
-        (lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), []), "epsilons must be one number or more"),
         (
-            lambda: fgs_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), [-0.1]),
+            lambda: fgsm_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), []),
+            "epsilons must be one number or more",
+        ),
+        (
+            lambda: fgsm_accuracy(net, VARIABLES, in_memory(INPUTS, LABELS), [-0.1]),
             "epsilons must be one number or more",
         ),
         (
@@ -323,14 +436,20 @@ def test_half_epsilon_searches_with_few_compilations():
             lambda: run(in_memory(INPUTS, LABELS), names=("PASS",)),
             "no measurement 'PASS'; choose any of deepfool, .*, pass",
         ),
-        (lambda: run(in_memory(INPUTS, LABELS), names=("pass",)), "give to_images, or leave 'pass' out"),
-        (lambda: run(in_memory(INPUTS, LABELS), batch_size=0), "batch_size must be positive, got 0"),
+        (
+            lambda: run(in_memory(INPUTS, LABELS), names=("pass",)),
+            "give to_images, or leave 'pass' out",
+        ),
+        (
+            lambda: run(in_memory(INPUTS, LABELS), batch_size=0),
+            "batch_size must be positive, got 0",
+        ),
         (
             lambda: run_all(in_memory(INPUTS, LABELS), carlini_wagner_examples=0),
             "carlini_wagner_examples is 0; it must be at",
         ),
         (
-            lambda: run(in_memory(INPUTS, LABELS), names=("fgs",), bounds=(np.zeros(5), 1.0)),
+            lambda: run(in_memory(INPUTS, LABELS), names=("fgsm",), bounds=(np.zeros(5), 1.0)),
             r"shapes \(5,\) and \(\); they must",
         ),
     ],

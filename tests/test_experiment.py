@@ -1,4 +1,6 @@
-"""A run: its stages, what it measures, where its reference comes from, and that stopping it changes no bit."""
+"""A run: its stages, what it measures, where its reference comes from, and that stopping it changes
+no bit.
+"""
 
 import itertools
 import json
@@ -14,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from dd_jax import baselines, configuration, data, experiment, models, pretrained, runs
-from dd_jax.configuration import ConfigurationError
-from dd_jax.experiment import DEFENDED, REFERENCE
+from dd_jax import data, defenses, models, pretrained
+from dd_jax.experiment import build, configuration, runs
+from dd_jax.experiment.build import DEFENDED, REFERENCE
+from dd_jax.experiment.configuration import ConfigurationError
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
@@ -42,7 +45,9 @@ NEVER = math.inf
 
 @pytest.fixture(autouse=True, scope="module")
 def setting():
-    """Configurations can be read, every second step is logged, and nothing is saved before the end of a stage."""
+    """Configurations can be read, every second step is logged, and nothing is saved before the end
+    of a stage.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         patch.setattr(runs, "MOST_STEPS_PER_LINE", LOG_EVERY)
@@ -52,12 +57,14 @@ def setting():
 
 
 def built(workdir, *overrides):
-    config = configuration.read(str(CONFIG), [f"--config.{override}" for override in (*TINY, *overrides)])
+    config = configuration.read(
+        str(CONFIG), [f"--config.{override}" for override in (*TINY, *overrides)]
+    )
     config.defense.num_steps, config.defense.correct_scale = (
         2,
         10.0,
     )  # TINY_DEFENSE, whether the defense takes it or not.
-    return experiment.build(config, workdir)
+    return build.build(config, workdir)
 
 
 def run(workdir, *overrides):
@@ -80,7 +87,7 @@ def lines(workdir):
 
 def states(workdir, *overrides):
     parts = built(workdir, *overrides)
-    return {stage: experiment.restore(parts, stage) for stage in (REFERENCE, DEFENDED)}
+    return {stage: build.restore(parts, stage) for stage in (REFERENCE, DEFENDED)}
 
 
 def assert_bitwise(actual, wanted):
@@ -90,7 +97,7 @@ def assert_bitwise(actual, wanted):
 
 
 def assert_same_run(workdir, wanted):
-    """Parameters, the optimiser's state and the step, and every line of metrics.jsonl."""
+    """Parameters, the optimizer's state and the step, and every line of metrics.jsonl."""
     assert_bitwise(states(workdir), states(wanted))
     assert lines(workdir) == lines(wanted)
 
@@ -102,7 +109,11 @@ def test_a_run_logs_its_steps_epochs_and_measurements(finished):
     logged = lines(finished)
     for stage, num_steps, parts in (
         (REFERENCE, REFERENCE_STEPS, {"loss", "cross_entropy", "correct"}),
-        (DEFENDED, DEFENDED_STEPS, {"loss", "cross_entropy", "correct", "penalty", "margin", "num_steps"}),
+        (
+            DEFENDED,
+            DEFENDED_STEPS,
+            {"loss", "cross_entropy", "correct", "penalty", "margin", "num_steps"},
+        ),
     ):
         training = [line for line in logged if line["stage"] == stage and "loss" in line]
         assert [line["step"] for line in training] == list(range(2, num_steps + 1, LOG_EVERY))
@@ -114,7 +125,9 @@ def test_a_run_logs_its_steps_epochs_and_measurements(finished):
         (final,) = (line for line in logged if line["stage"] == stage and "measured" in line)
         assert final["step"] == num_steps and final["measured"]["num_examples"] == 45
     first, last = (
-        line["loss"] for line in logged if line["stage"] == REFERENCE and line["step"] in (2, 12) and "loss" in line
+        line["loss"]
+        for line in logged
+        if line["stage"] == REFERENCE and line["step"] in (2, 12) and "loss" in line
     )
     assert last < first / 2
 
@@ -143,9 +156,15 @@ def test_what_is_measured_is_the_saved_net(finished):
     parts = built(finished)
     for stage in (REFERENCE, DEFENDED):
         inputs = jax.numpy.asarray(parts.feed.test_inputs)
-        logits = parts.model.apply({"params": experiment.restore(parts, stage).params}, inputs)
-        (measured,) = (line["measured"] for line in lines(finished) if "measured" in line and line["stage"] == stage)
-        assert measured["accuracy"] == np.mean(np.argmax(logits, axis=-1) == parts.feed.data.test_labels)
+        logits = parts.model.apply({"params": build.restore(parts, stage).params}, inputs)
+        (measured,) = (
+            line["measured"]
+            for line in lines(finished)
+            if "measured" in line and line["stage"] == stage
+        )
+        assert measured["accuracy"] == np.mean(
+            np.argmax(logits, axis=-1) == parts.feed.data.test_labels
+        )
 
 
 # Stopped and started again
@@ -155,7 +174,11 @@ def test_what_is_measured_is_the_saved_net(finished):
 def steps_taken(monkeypatch):
     """Counts the batches asked for."""
     taken, original = [], data.training_batch
-    monkeypatch.setattr(data, "training_batch", lambda *args, **kw: taken.append(kw["step"]) or original(*args, **kw))
+    monkeypatch.setattr(
+        data,
+        "training_batch",
+        lambda *args, **kw: taken.append(kw["step"]) or original(*args, **kw),
+    )
     return taken
 
 
@@ -175,8 +198,12 @@ def stop_at(patch, module, name, call):
     "seconds, module, name, call, steps_again",
     [
         pytest.param(0, data, "training_batch", 1, 20, id="before the first step"),
-        pytest.param(0, data, "training_batch", 8, 14, id="in the reference's training, checkpoint at 6"),
-        pytest.param(NEVER, data, "training_batch", 8, 20, id="in the reference's training, no checkpoint"),
+        pytest.param(
+            0, data, "training_batch", 8, 14, id="in the reference's training, checkpoint at 6"
+        ),
+        pytest.param(
+            NEVER, data, "training_batch", 8, 20, id="in the reference's training, no checkpoint"
+        ),
         pytest.param(0, runs, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"),
         pytest.param(NEVER, runs, "measure", 4, 8, id="while the reference is measured"),
         pytest.param(NEVER, data, "training_batch", 13, 8, id="between the stages"),
@@ -232,9 +259,19 @@ command_line.run(train.main)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_path):
     code = SLOW_TRAINING.format(root=str(ROOT), log_every=LOG_EVERY)
-    command = [sys.executable, "-c", code, "--config", str(CONFIG), "--workdir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--config",
+        str(CONFIG),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     command += [f"--config.{override}" for override in (*TINY, *TINY_DEFENSE)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
     journal, patience = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
     try:
         while not (journal.exists() and '"defended", "step": 4' in journal.read_text()):
@@ -249,7 +286,9 @@ def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp_path, steps_taken, monkeypatch, capfd):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    finished, tmp_path, steps_taken, monkeypatch, capfd
+):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", -1)
         run(tmp_path)
@@ -269,9 +308,12 @@ def test_slow_steps_are_saved_between_lines_and_those_that_diverge_are_not(tmp_p
     monkeypatch.setattr(runs, "MOST_SECONDS_BETWEEN_CHECKPOINTS", -1)
     nothing_more = ("fine_tuning.num_epochs=0", "evaluation.epoch_examples=0")
     runs.reference_state(built(tmp_path, *nothing_more))
-    assert saved == [1, 2, 3, 5, 6, 7, 9, 10, 11, 12]  # Lines, at 4 and 8, have a constant of their own; 12 is the end.
+    # Lines, at 4 and 8, have a constant of their own; 12 is the end.
+    assert saved == [1, 2, 3, 5, 6, 7, 9, 10, 11, 12]
     saved.clear()
-    with pytest.raises(runs.training.DivergenceError, match="The loss is not finite at step [23]: lower"):
+    with pytest.raises(
+        runs.training.DivergenceError, match="The loss is not finite at step [23]: lower"
+    ):
         runs.reference_state(built(tmp_path, *nothing_more, "reference.learning_rate=1e30"))
     assert saved in ([1], [1, 2])
 
@@ -288,7 +330,9 @@ def test_what_cannot_be_decoded_is_written_down_once(tmp_path):
     for step in (3, 4, 5):
         batch_of_step.failures |= {"a.png": "cut short"} if step == 3 else {"b/c.jpg": "no JPEG"}
         undecodable.note(step, batch_of_step)
-    assert [json.loads(line) for line in (tmp_path / "undecodable.jsonl").read_text().splitlines()] == [
+    assert [
+        json.loads(line) for line in (tmp_path / "undecodable.jsonl").read_text().splitlines()
+    ] == [
         {"stage": REFERENCE, "step": 3, "name": "a.png", "reason": "cut short"},
         {"stage": REFERENCE, "step": 4, "name": "b/c.jpg", "reason": "no JPEG"},
     ]
@@ -310,17 +354,29 @@ def test_every_defense_starts_from_the_same_reference(finished, tmp_path, steps_
     assert_bitwise(trained[REFERENCE], defended[REFERENCE])
     assert_bitwise(given[REFERENCE].params, defended[REFERENCE].params)
     assert_bitwise(given[DEFENDED], trained[DEFENDED])
-    assert np.abs(given[DEFENDED].params["fc3"]["kernel"] - defended[DEFENDED].params["fc3"]["kernel"]).max() > 1e-4
+    assert (
+        np.abs(
+            given[DEFENDED].params["fc3"]["kernel"] - defended[DEFENDED].params["fc3"]["kernel"]
+        ).max()
+        > 1e-4
+    )
     measured = [
-        [line["measured"] for line in lines(path) if "measured" in line] for path in (finished, tmp_path / "given")
+        [line["measured"] for line in lines(path) if "measured" in line]
+        for path in (finished, tmp_path / "given")
     ]
     assert measured[0][0] == measured[1][0] and measured[0][1] != measured[1][1]
-    assert not [line for line in lines(tmp_path / "given") if line["stage"] == REFERENCE and "loss" in line]
+    assert not [
+        line for line in lines(tmp_path / "given") if line["stage"] == REFERENCE and "loss" in line
+    ]
 
 
 def torch_arrays():
     with np.load(TESTS / "golden/mlp.npz") as arrays:
-        return {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
+        return {
+            name.removeprefix("param/"): arrays[name]
+            for name in arrays.files
+            if name.startswith("param/")
+        }
 
 
 def test_a_reference_given_as_pytorch_named_arrays_is_taken_as_it_is(tmp_path, steps_taken):
@@ -347,46 +403,73 @@ def five_classes(arrays):
 @pytest.mark.parametrize(
     "make, said",
     [
-        pytest.param(lambda path: None, "must be a run directory or a file of weights (", id="nothing"),
+        pytest.param(
+            lambda path: None, "must be a run directory or a file of weights (", id="nothing"
+        ),
         pytest.param(lambda path: path.write_text("net"), "is of no use for mlp (", id="text"),
         pytest.param(lambda path: path.write_bytes(b""), "is of no use for mlp (", id="empty file"),
-        pytest.param(lambda path: path.write_bytes(b"PK\x03\x04"), "is of no use for mlp (", id="cut short"),
-        pytest.param(lambda path: np.save(path.open("wb"), np.ones(3)), "is of no use for mlp (", id="one array"),
-        pytest.param(lambda path: np.savez(path, a=np.ones(3)), "fc1.bias (500,), ", id="other arrays"),
         pytest.param(
-            lambda path: np.savez(path, **five_classes(torch_arrays())), "must have 10 classes", id="5 classes"
+            lambda path: path.write_bytes(b"PK\x03\x04"), "is of no use for mlp (", id="cut short"
         ),
-        pytest.param(lambda path: path.mkdir(), "is not a run directory: it has no config.json", id="directory"),
+        pytest.param(
+            lambda path: np.save(path.open("wb"), np.ones(3)),
+            "is of no use for mlp (",
+            id="one array",
+        ),
+        pytest.param(
+            lambda path: np.savez(path, a=np.ones(3)), "fc1.bias (500,), ", id="other arrays"
+        ),
+        pytest.param(
+            lambda path: np.savez(path, **five_classes(torch_arrays())),
+            "must have 10 classes",
+            id="5 classes",
+        ),
+        pytest.param(
+            lambda path: path.mkdir(),
+            "is not a run directory: it has no config.json",
+            id="directory",
+        ),
     ],
 )
 def test_a_source_that_holds_no_reference_is_refused(tmp_path, make, said):
     path = tmp_path / "source.npz"
     make(path)
-    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={path}"))
+    message = refusal(build.given_reference, built(tmp_path / "run", f"reference.source={path}"))
     assert said in message and str(path) in message and not (tmp_path / "run").exists()
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "net.txt").write_bytes(b"PK")
-    message = refusal(experiment.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.txt'}"))
+    message = refusal(
+        build.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.txt'}")
+    )
     assert "net.txt'; it must be a run directory or a file of weights (.pth, " in message
 
 
 def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refused(tmp_path):
     parts = built(tmp_path / "mine", f"reference.source={tmp_path / 'theirs'}")
     for override, said in (
-        ("model.name=lenet", "is of lenet on digits (none); this configuration needs mlp on digits (none)."),
-        ("data.name=mnist", "is of mlp on mnist (mean_image); this configuration needs mlp on digits (none)."),
+        (
+            "model.name=lenet",
+            "is of lenet on digits (none); this configuration needs mlp on digits (none).",
+        ),
+        (
+            "data.name=mnist",
+            "is of mlp on mnist (mean_image); this configuration needs mlp on digits (none).",
+        ),
         (
             "data.preprocessing=mean_image",
             "is of mlp on digits (mean_image); this configuration needs mlp on digits (none).",
         ),
-        ("data.preprocessing=none", "has no finished reference net; let train.py go on to its end."),
+        (
+            "data.preprocessing=none",
+            "has no finished reference net; let train.py go on to its end.",
+        ),
     ):
         (tmp_path / "theirs/config.json").unlink(missing_ok=True)
         theirs = configuration.read(str(CONFIG), [f"--config.{override}"])
         configuration.claim_directory(theirs, tmp_path / "theirs")
-        message = refusal(experiment.given_reference, parts)
+        message = refusal(build.given_reference, parts)
         assert str(tmp_path / "theirs") in message and said in message
 
 
@@ -394,45 +477,64 @@ def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refu
 
 
 def test_missing_data_is_noticed_at_once_and_nothing_is_made(tmp_path):
-    config = configuration.read(str(ROOT / "configs/mnist_mlp.py"), [f"--config.data.dir={tmp_path / 'no data'}"])
+    config = configuration.read(
+        str(ROOT / "configs/mnist_mlp.py"), [f"--config.data.dir={tmp_path / 'no data'}"]
+    )
     start = time.monotonic()
     with pytest.raises(data.DataError, match="mnist is not in .*no data"):
-        experiment.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     assert time.monotonic() - start < 2 and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("section", ["reference", "fine_tuning"])
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, section):
     with pytest.raises(
-        ConfigurationError, match=f"{section}.batch_size is 201, but there are only 200 training examples"
+        ConfigurationError,
+        match=f"{section}.batch_size is 201, but there are only 200 training examples",
     ):
         built(tmp_path / "run", f"{section}.batch_size=201")
     assert not (tmp_path / "run").exists()
     built(tmp_path / "run", f"{section}.batch_size=200")
 
 
-def test_a_reference_may_begin_with_weights_centred_on_images(tmp_path):
-    parts = built(tmp_path / "run", "reference.centre_on=30")
-    stage = experiment.make_stage(parts, REFERENCE)
-    drawn, state = experiment.untrained(parts, stage), experiment.first_state(parts, stage)
-    logits = parts.model.apply({"params": state.params}, jax.numpy.asarray(parts.feed.train_inputs[:30]))
+def test_a_reference_may_begin_with_weights_centered_on_images(tmp_path):
+    parts = built(tmp_path / "run", "reference.center_on=30")
+    stage = build.make_stage(parts, REFERENCE)
+    drawn, state = build.untrained(parts, stage), build.first_state(parts, stage)
+    logits = parts.model.apply(
+        {"params": state.params}, jax.numpy.asarray(parts.feed.train_inputs[:30])
+    )
     np.testing.assert_allclose(logits.std(axis=0), 1, rtol=1e-4)
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, drawn)
 
 
 def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
-    parts = built(tmp_path, "fine_tuning.max_steps=5", "reference.max_steps=1000", "reference.batch_size=60")
-    reference, defended = (experiment.make_stage(parts, name) for name in (REFERENCE, DEFENDED))
+    parts = built(
+        tmp_path, "fine_tuning.max_steps=5", "reference.max_steps=1000", "reference.batch_size=60"
+    )
+    reference, defended = (build.make_stage(parts, name) for name in (REFERENCE, DEFENDED))
     assert (reference.num_steps, reference.steps_per_epoch) == (9, 3)
     assert (defended.num_steps, defended.steps_per_epoch) == (5, 4)
-    assert reference.defense.loss_fn.func.__name__ == "plain_loss" and not reference.defense.loss_fn.keywords
+    assert (
+        reference.defense.loss_fn.func.__name__ == "plain_loss"
+        and not reference.defense.loss_fn.keywords
+    )
     assert defended.defense.loss_fn.func.__name__ == "deep_defense_loss"
     section, keywords = dict(parts.config.defense), defended.defense.loss_fn.keywords
-    assert keywords == {name: section[name] for name in keywords} | {"num_candidates": None, "classes_at_once": None}
-    assert keywords.keys() == section.keys() - {"name", "mixing_weight", "fgsm_weight", "epsilon", "beta"}
+    assert keywords == {name: section[name] for name in keywords} | {
+        "num_candidates": None,
+        "class_chunk_size": None,
+    }
+    assert keywords.keys() == section.keys() - {
+        "name",
+        "mixing_weight",
+        "fgsm_weight",
+        "epsilon",
+        "beta",
+    }
 
 
-@pytest.mark.parametrize("name", baselines.NAMES)
+@pytest.mark.parametrize("name", defenses.NAMES)
 def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
     wanted = {
         "epsilon": 0.3,
@@ -440,39 +542,51 @@ def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
         "fgsm_weight": 0.75,
         "beta": 0.125,
         "num_candidates": 3,
-        "classes_at_once": 4,
+        "class_chunk_size": 4,
         "num_steps": 2,
     }
     parts = built(tmp_path, f"defense.name={name}")
     parts.config.defense.update(wanted)
-    defense = experiment.make_stage(parts, DEFENDED).defense
+    defense = build.make_stage(parts, DEFENDED).defense
     keywords = getattr(defense.loss_fn, "keywords", {}) | getattr(defense.retract, "keywords", {})
-    known = baselines.option_names(name)
-    measured = experiment.evaluation_settings(parts.config)
-    assert (measured.num_candidates, measured.classes_at_once) == (3, 4)
-    assert {k: v for k, v in keywords.items() if k in wanted} == {k: v for k, v in wanted.items() if k in known}
+    known = defenses.option_names(name)
+    measured = build.evaluation_settings(parts.config)
+    assert (measured.num_candidates, measured.class_chunk_size) == (3, 4)
+    assert {k: v for k, v in keywords.items() if k in wanted} == {
+        k: v for k, v in wanted.items() if k in known
+    }
 
 
 def test_the_input_space_is_the_one_that_the_run_was_made_with(tmp_path):
     parts = built(tmp_path, "data.preprocessing=mean_image")
-    assert np.abs(parts.feed.train_inputs.mean(axis=0)).max() < 1e-3 < parts.preprocessing.mean_image.max()
-    parts.preprocessing._replace(mean_image=parts.preprocessing.mean_image + 51).save(tmp_path / "preprocessing.npz")
+    assert (
+        np.abs(parts.feed.train_inputs.mean(axis=0)).max()
+        < 1e-3
+        < parts.preprocessing.mean_image.max()
+    )
+    parts.preprocessing._replace(mean_image=parts.preprocessing.mean_image + 51).save(
+        tmp_path / "preprocessing.npz"
+    )
     again = built(tmp_path, "data.preprocessing=mean_image")
     np.testing.assert_allclose(parts.feed.test_inputs - again.feed.test_inputs, 0.2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "name, preprocessing", [("digits", "none"), ("mnist", "mean_image"), ("cifar10", "contrast_whiten")]
+    "name, preprocessing",
+    [("digits", "none"), ("mnist", "mean_image"), ("cifar10", "contrast_whiten")],
 )
 def test_paper_stands_for_what_the_paper_did(name, preprocessing):
     config = configuration.read(str(CONFIG), [f"--config.data.name={name}"])
-    assert experiment.preprocessing_name(config) == preprocessing
+    assert build.preprocessing_name(config) == preprocessing
     config.data.preprocessing = "none"
-    assert experiment.preprocessing_name(config) == "none"
-    assert set(experiment.PAPER_PREPROCESSING) == set(data.SOURCES)
+    assert build.preprocessing_name(config) == "none"
+    assert set(build.PAPER_PREPROCESSING) == set(data.SOURCES)
 
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_net_gets_images_of_its_shape(name, tmp_path):
     parts = built(tmp_path, f"model.name={name}", "data.train_limit=100", "data.test_limit=3")
-    assert parts.feed.test_inputs.shape == (3, *models.input_shape(name)) and parts.feed.test_inputs.dtype == np.float32
+    assert (
+        parts.feed.test_inputs.shape == (3, *models.input_shape(name))
+        and parts.feed.test_inputs.dtype == np.float32
+    )

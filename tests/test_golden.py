@@ -1,8 +1,10 @@
-"""The library's nets and penalty against figures that the authors' PyTorch code computed (tests/golden).
+"""The library's nets and penalty against figures that the authors' PyTorch code computed
+(tests/golden).
 
-All in float64. In one thing the library differs on purpose: for a misclassified example whose prediction changes on the
-way, the authors' code mixes two source classes. `fixed_source/*` are the authors' figures without that slip, and for
-gradients `reference.py` closes the chain: with the slip it gives the authors' gradients, without it the library's.
+All in float64. In one thing the library differs on purpose: for a misclassified example whose
+prediction changes on the way, the authors' code mixes two source classes. `fixed_source/*` are the
+authors' figures without that slip, and for gradients `reference.py` closes the chain: with the slip
+it gives the authors' gradients, without it the library's.
 """
 
 import functools
@@ -17,8 +19,9 @@ import reference
 
 import dd_jax
 from dd_jax import models
-from dd_jax.attacks import deepfool as module
+from dd_jax.attacks import _deepfool as module
 from dd_jax.pretrained import from_torch
+from dd_jax.xla.closure_convert import Traces
 
 pytestmark = pytest.mark.usefixtures("x64", "short_turns")
 
@@ -38,7 +41,8 @@ def load(file):
         figures = dict(arrays)
     weights = figures if name == file else load(name)[2]
     params = from_torch(
-        name, {key.removeprefix("param/"): np.float64(weights[key]) for key in weights if is_param(key)}
+        name,
+        {key.removeprefix("param/"): np.float64(weights[key]) for key in weights if is_param(key)},
     )
     for key in figures:
         if figures[key].ndim == 4 and not key.startswith(("param/", "grad/")):
@@ -52,11 +56,15 @@ def apply(model, params, inputs):
 
 
 def in_flax_order(file, figures, kind):
-    """The authors' gradients as a tree of parameters, and which of its entries are known (large arrays are not)."""
+    """The authors' gradients as a tree of parameters, and which of its entries are known (large
+    arrays are not).
+    """
     gradients, present = {}, {}
     for key in (key.removeprefix("param/") for key in figures if is_param(key)):
         known = figures.get(f"grad/{kind}/{key}")
-        gradients[key] = np.zeros(figures[f"param/{key}"].shape) if known is None else np.float64(known)
+        gradients[key] = (
+            np.zeros(figures[f"param/{key}"].shape) if known is None else np.float64(known)
+        )
         present[key] = np.full(gradients[key].shape, known is not None)
     name = file.removesuffix("_degenerate")
     return from_torch(name, gradients), from_torch(name, present)
@@ -81,17 +89,24 @@ def distance(a, b):
 def test_the_search_takes_the_authors_steps(file):
     apply_fn, params, figures = load(file)
     offset = float(figures["hyper/eps"])
-    chosen = slice(None, None, 3 if file == "nin" else 1)  # NIN is slow: two in three of its images stay out.
-    figures = {key: value[chosen] for key, value in figures.items() if not is_param(key) and value.ndim}
+    # NIN is slow: two in three of its images stay out.
+    chosen = slice(None, None, 3 if file == "nin" else 1)
+    figures = {
+        key: value[chosen] for key, value in figures.items() if not is_param(key) and value.ndim
+    }
     inputs, labels = jnp.asarray(figures["input/images"]), jnp.asarray(figures["input/labels"])
 
     @jax.jit
     def run(params):
         logits = apply_fn(params, inputs)
-        options = module.Options(num_steps=5, gradient_offset=offset)
-        net, closure, options = module.hoist_for_search(partial(apply_fn, params), inputs, options)
+        traces = Traces(partial(apply_fn, params), inputs)
+        net, closure, turns = module.plan_turns(traces, len(inputs))
+        options = module.Options(num_steps=5, gradient_offset=offset, turns=turns)
         problem = module.Problem(
-            inputs, labels.astype("int32"), jnp.argmax(logits, axis=1) == labels, module.likely_classes(logits, None)
+            inputs,
+            labels.astype("int32"),
+            jnp.argmax(logits, axis=1) == labels,
+            module.likely_classes(logits, None),
         )
         found = module.search(net, closure, problem, options, active=jnp.ones(len(labels), bool))
         overshot = 1.02 * found.perturbation
@@ -124,14 +139,20 @@ def test_deepfool_finds_the_authors_perturbations(file):
 
 @functools.cache
 def penalties_and_gradient(file):
-    """(params, inputs, labels, weights) -> ((weighted sum of penalties, (losses, metrics)), its gradient in params)."""
+    """(params, inputs, labels, weights) -> ((weighted sum of penalties, (losses, metrics)), its
+    gradient in params).
+    """
     apply_fn, _, figures = load(file)
-    hyper = {key: float(figures[f"hyper/{key}"]) for key in ("lambda", "c", "d", "eps", "overshoot")}
+    hyper = {
+        key: float(figures[f"hyper/{key}"]) for key in ("lambda", "c", "d", "eps", "overshoot")
+    }
     options = dict(penalty_weight=hyper["lambda"], correct_scale=hyper["c"], wrong_scale=hyper["d"])
     options |= dict(gradient_offset=hyper["eps"], overshoot=hyper["overshoot"])
 
     def total(params, inputs, labels, weights):
-        losses, metrics = dd_jax.deep_defense_loss(partial(apply_fn, params), inputs, labels, **options)
+        losses, metrics = dd_jax.deep_defense_loss(
+            partial(apply_fn, params), inputs, labels, **options
+        )
         return hyper["lambda"] * (metrics["penalty"] * weights).mean(), (losses, metrics)
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
@@ -143,19 +164,28 @@ def test_penalties_and_the_gradient_of_right_examples_are_the_authors(file):
     wrong, same = figures["deepfool/is_wrong"], ~figures["deepfool/source_changed"]
     right = np.float64(~wrong)
     inputs, labels = figures["input/images"], figures["input/labels"]
-    (value, (losses, metrics)), gradient = penalties_and_gradient(file)(params, inputs, labels, right)
+    (value, (losses, metrics)), gradient = penalties_and_gradient(file)(
+        params, inputs, labels, right
+    )
     np.testing.assert_array_equal(metrics["num_steps"], figures["fixed_source/iterations"])
     np.testing.assert_array_equal(metrics["correct"], right)
-    np.testing.assert_allclose(metrics["cross_entropy"].mean(), figures["loss/cross_entropy"], rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics["cross_entropy"].mean(), figures["loss/cross_entropy"], rtol=1e-12
+    )
     penalties = 15 * metrics["penalty"]
-    np.testing.assert_allclose(penalties[same], figures["loss/penalty_per_image"][same], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        penalties[same], figures["loss/penalty_per_image"][same], rtol=0, atol=1e-8
+    )
     np.testing.assert_allclose(value, figures["loss/regularizer_correct"], rtol=0, atol=1e-8)
     of_wrong = penalties[wrong].sum() / len(wrong)
-    np.testing.assert_allclose(of_wrong, figures["fixed_source/regularizer_wrong"], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        of_wrong, figures["fixed_source/regularizer_wrong"], rtol=0, atol=1e-8
+    )
     np.testing.assert_allclose(losses, metrics["cross_entropy"] + penalties, rtol=1e-12)
     margins = np.where(wrong, -1, 1) * figures["deepfool/ratio"]
     np.testing.assert_allclose(metrics["margin"][same], margins[same], rtol=1e-6, atol=1e-12)
-    # The degenerate file has one gradient, that of right and wrong examples; its wrong ones have none.
+    # The degenerate file has one gradient, that of right and wrong examples; its wrong ones have
+    # none.
     kind = "regularizer" if file == "mlp_degenerate" else "regularizer_correct"
     assert_gradients_close(gradient, *in_flax_order(file, figures, kind))
 
@@ -171,7 +201,11 @@ def test_gradients_of_wrong_examples_are_the_authors_but_for_their_slip(file):
     @jax.grad
     def plain_gradient(params, stale_source):
         options = dict(gradient_offset=float(figures["hyper/eps"]), stale_source=stale_source)
-        return 15 * reference.regularizer(partial(apply_fn, params), inputs, labels, **options).sum() / len(wrong)
+        return (
+            15
+            * reference.regularizer(partial(apply_fn, params), inputs, labels, **options).sum()
+            / len(wrong)
+        )
 
     everything, present = in_flax_order(file, figures, "regularizer")
     right, _ = in_flax_order(file, figures, "regularizer_correct")

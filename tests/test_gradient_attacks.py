@@ -1,4 +1,6 @@
-"""FGSM, PGD and the search for epsilon: closed forms on affine nets, a plain loop, the ball, and the edges."""
+"""FGSM, PGD and the search for epsilon: closed forms on affine nets, a plain loop, the ball, and
+the edges.
+"""
 
 import functools
 from functools import partial
@@ -18,7 +20,11 @@ NET = mlp(jax.random.key(2))
 PREDICTED = np.argmax(NET(INPUTS), axis=1)
 KEY = jax.random.key(3)
 STEPS = dict(epsilon=0.5, step_size=0.1, num_steps=8)
-FGSM, PGD, MINIMAL = partial(fgsm, epsilon=0.3), partial(pgd, **STEPS), partial(minimal_fgsm, max_epsilon=5.0)
+FGSM, PGD, MINIMAL = (
+    partial(fgsm, epsilon=0.3),
+    partial(pgd, **STEPS),
+    partial(minimal_fgsm, max_epsilon=5.0),
+)
 ATTACKS = (FGSM, PGD, MINIMAL)
 
 
@@ -33,7 +39,9 @@ def compiled(attack, logits_fn, **options):
 
 
 def call(attack, logits_fn, inputs, labels=None, **options):
-    """The attack compiled as a whole, once for all tests that share it; NumPy arrays, which compile no more."""
+    """The attack compiled as a whole, once for all tests that share it; NumPy arrays, which compile
+    no more.
+    """
     return jax.tree.map(np.asarray, compiled(attack, logits_fn, **options)(inputs, labels))
 
 
@@ -52,14 +60,24 @@ def ascent(logits_fn, inputs, labels, norm):
     return gradient / np.sqrt((gradient**2).sum(axis=tuple(range(1, gradient.ndim)), keepdims=True))
 
 
-def plain_pgd(logits_fn, inputs, labels, *, epsilon, step_size, num_steps, norm, bounds=None, freeze=True):
+def plain_pgd(
+    logits_fn, inputs, labels, *, epsilon, step_size, num_steps, norm, bounds=None, early_stop=True
+):
     """PGD as it is written down, every example in every step."""
-    inputs, perturbation, steps = np.asarray(inputs), np.zeros(inputs.shape), np.zeros(len(labels), int)
+    inputs, perturbation, steps = (
+        np.asarray(inputs),
+        np.zeros(inputs.shape),
+        np.zeros(len(labels), int),
+    )
     for _ in range(num_steps):
-        moves = (np.argmax(logits_fn(inputs + perturbation), axis=1) == labels) | (not freeze)
+        moves = (np.argmax(logits_fn(inputs + perturbation), axis=1) == labels) | (not early_stop)
         after = perturbation + step_size * ascent(logits_fn, inputs + perturbation, labels, norm)
         size = np.linalg.norm(after, axis=1, keepdims=True)
-        after = np.clip(after, -epsilon, epsilon) if norm == "linf" else after * np.minimum(1, epsilon / size)
+        after = (
+            np.clip(after, -epsilon, epsilon)
+            if norm == "linf"
+            else after * np.minimum(1, epsilon / size)
+        )
         if bounds is not None:
             after = np.clip(inputs + after, *bounds) - inputs
         perturbation, steps = np.where(moves[:, None], after, perturbation), steps + moves
@@ -78,11 +96,17 @@ def test_fgsm_on_affine_nets(shape, num_classes, norm, bounds, x64):
     labels = probabilities.argmax(axis=1)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     gradient = (probabilities - np.eye(num_classes)[labels]) @ weights.T  # of the cross-entropy
-    direction = np.sign(gradient) if norm == "linf" else gradient / np.linalg.norm(gradient, axis=1, keepdims=True)
+    direction = (
+        np.sign(gradient)
+        if norm == "linf"
+        else gradient / np.linalg.norm(gradient, axis=1, keepdims=True)
+    )
     expected = 0.3 * direction.reshape(shape)
     if bounds is not None:
         expected = np.clip(inputs + expected, *bounds) - inputs
-    found = call(fgsm, affine(weights, biases), jnp.array(inputs), epsilon=0.3, norm=norm, bounds=bounds)
+    found = call(
+        fgsm, affine(weights, biases), jnp.array(inputs), epsilon=0.3, norm=norm, bounds=bounds
+    )
     np.testing.assert_allclose(found.perturbation, expected, rtol=1e-11, atol=1e-14)
     assert (found.num_steps == 1).all()
     after = ((flat + expected.reshape(flat.shape)) @ weights + biases).argmax(axis=1)
@@ -90,26 +114,39 @@ def test_fgsm_on_affine_nets(shape, num_classes, norm, bounds, x64):
 
 
 @pytest.mark.parametrize(
-    "norm, freeze, bounds",
-    [("linf", True, None), ("l2", True, (-0.7, 0.7)), ("linf", False, (-0.7, 0.7)), ("l2", False, None)],
+    "norm, early_stop, bounds",
+    [
+        ("linf", True, None),
+        ("l2", True, (-0.7, 0.7)),
+        ("linf", False, (-0.7, 0.7)),
+        ("l2", False, None),
+    ],
 )
-def test_pgd_is_the_plain_loop(norm, freeze, bounds, short_turns, x64):
-    inputs, options = INPUTS.astype(float), STEPS | dict(norm=norm, freeze=freeze, bounds=bounds)
+def test_pgd_is_the_plain_loop(norm, early_stop, bounds, short_turns, x64):
+    inputs, options = (
+        INPUTS.astype(float),
+        STEPS | dict(norm=norm, early_stop=early_stop, bounds=bounds),
+    )
     inputs = inputs if bounds is None else jnp.clip(inputs, *bounds)
     predicted = jnp.argmax(NET(inputs), axis=1)
-    labels = jnp.where(jnp.arange(9) == 4, (predicted + 1) % 4, predicted)  # one is misclassified already
+    # one is misclassified already
+    labels = jnp.where(jnp.arange(9) == 4, (predicted + 1) % 4, predicted)
     found = call(pgd, NET, inputs, labels, **options)
     expected = plain_pgd(NET, inputs, labels, **options)
     assert_same(found, expected, rtol=1e-10)
-    assert (len(set(found.num_steps.tolist())) > 2) == freeze and found.success.any()
-    if freeze:
+    assert (len(set(found.num_steps.tolist())) > 2) == early_stop and found.success.any()
+    if early_stop:
         assert found.success[4] and found.num_steps[4] == 0 and not found.perturbation[4].any()
 
 
 @pytest.mark.parametrize("norm, bounds", [("linf", None), ("l2", (-1.0, 1.1))])
 def test_pgd_with_one_step_is_fgsm(norm, bounds):
     one = call(pgd, NET, INPUTS, epsilon=0.3, step_size=0.3, num_steps=1, norm=norm, bounds=bounds)
-    jax.tree.map(np.testing.assert_array_equal, one, call(fgsm, NET, INPUTS, epsilon=0.3, norm=norm, bounds=bounds))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        one,
+        call(fgsm, NET, INPUTS, epsilon=0.3, norm=norm, bounds=bounds),
+    )
     assert one.success.any() and not one.success.all()
 
 
@@ -117,13 +154,15 @@ def test_pgd_with_one_step_is_fgsm(norm, bounds):
 def test_pgd_never_leaves_its_ball(size, norm):
     weights = jax.random.normal(jax.random.key(4), (size, 3))
     net = lambda x: jnp.sin(x @ weights)
-    options = dict(num_steps=7, norm=norm, freeze=False)
+    options = dict(num_steps=7, norm=norm, early_stop=False)
 
     @jax.jit
     def attack(inputs, epsilons, upper):
         """Steps that are shorter than the ball, from its inside, and steps that are longer."""
         small = pgd(net, inputs, epsilon=epsilons, step_size=epsilons / 3, key=KEY, **options)
-        large = pgd(net, inputs, epsilon=epsilons, step_size=2 * epsilons, bounds=(0.0, upper), **options)
+        large = pgd(
+            net, inputs, epsilon=epsilons, step_size=2 * epsilons, bounds=(0.0, upper), **options
+        )
         return small.perturbation, large.perturbation
 
     for scale in (1.0, 1000.0):
@@ -133,11 +172,16 @@ def test_pgd_never_leaves_its_ball(size, norm):
             lengths = length(perturbation, norm)
             assert (lengths <= np.asarray(epsilons, np.float64)).all()
             assert np.isclose(lengths, epsilons, rtol=1e-4).any(), "no step was cut"
-        assert (inputs + perturbation >= -1e-6 * scale).all() and (inputs + perturbation <= scale * (1 + 1e-6)).all()
+        assert (inputs + perturbation >= -1e-6 * scale).all() and (
+            inputs + perturbation <= scale * (1 + 1e-6)
+        ).all()
 
 
 def test_frozen_examples_do_not_change():
-    found, longer = call(pgd, NET, INPUTS, PREDICTED, **(STEPS | dict(num_steps=3))), call(PGD, NET, INPUTS, PREDICTED)
+    found, longer = (
+        call(pgd, NET, INPUTS, PREDICTED, **(STEPS | dict(num_steps=3))),
+        call(PGD, NET, INPUTS, PREDICTED),
+    )
     done = longer.success & (longer.num_steps <= 3)
     assert done.any() and not done.all()
     np.testing.assert_array_equal(found.success, done)
@@ -148,26 +192,38 @@ def test_frozen_examples_do_not_change():
 def test_misclassified_examples_are_done_unless_all_are_to_be_attacked():
     labels = np.where(np.arange(9) % 2 == 0, PREDICTED, (PREDICTED + 1) % 4)
     for attack in ATTACKS:
-        found, from_predicted = call(attack, NET, INPUTS, labels), call(attack, NET, INPUTS, PREDICTED)
-        assert not found.perturbation[1::2].any() and found.success[1::2].all() and not found.num_steps[1::2].any()
+        found, from_predicted = (
+            call(attack, NET, INPUTS, labels),
+            call(attack, NET, INPUTS, PREDICTED),
+        )
+        assert (
+            not found.perturbation[1::2].any()
+            and found.success[1::2].all()
+            and not found.num_steps[1::2].any()
+        )
         assert_same(rows(found, slice(None, None, 2)), rows(from_predicted, slice(None, None, 2)))
     loss = lambda x: -jax.nn.log_softmax(NET(x))[jnp.arange(9), labels]
     for attack in (FGSM, PGD):
-        found = call(attack, NET, INPUTS, labels, freeze=False)
-        assert (loss(INPUTS + found.perturbation)[1::2] > loss(INPUTS)[1::2]).all() and found.num_steps.all()
+        found = call(attack, NET, INPUTS, labels, early_stop=False)
+        assert (
+            loss(INPUTS + found.perturbation)[1::2] > loss(INPUTS)[1::2]
+        ).all() and found.num_steps.all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_random_start_fills_the_ball_and_is_an_examples_own(norm):
     radius = np.linspace(1, 3, 400)
-    drawn = jax.jit(partial(sample_in_ball, norm=norm))(KEY, jnp.zeros((400, 6)), jnp.array(radius, jnp.float32))
+    drawn = jax.jit(partial(sample_in_ball, norm=norm))(
+        KEY, jnp.zeros((400, 6)), jnp.array(radius, jnp.float32)
+    )
     shares = length(drawn, norm) / radius
     assert shares.max() <= 1
     for share in (0.8, 0.9, 0.95):  # A smaller ball has share**6 of the volume.
         assert (shares < share).mean() == pytest.approx(share**6, abs=0.07)
     assert np.abs(np.mean(drawn / radius[:, None], axis=0)).max() < 0.1
 
-    one_step = dict(epsilon=0.5, step_size=0.0, num_steps=1, norm=norm)  # of length 0: it shows the start
+    # of length 0: it shows the start
+    one_step = dict(epsilon=0.5, step_size=0.0, num_steps=1, norm=norm)
     start = jax.jit(lambda key, labels: pgd(NET, INPUTS, labels, key=key, **one_step))
     labels = np.where(np.arange(9) == 0, PREDICTED + 1, PREDICTED) % 4
     found, other = (np.asarray(start(key, labels).perturbation) for key in (KEY, jax.random.key(4)))
@@ -178,14 +234,24 @@ def test_a_random_start_fills_the_ball_and_is_an_examples_own(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_steepest_direction_gains_most_and_a_projection_is_nearest(norm):
-    gradient = jnp.array([[3.0, -4.0, 0.0], [1e-30, 0.0, -1e-30], [3e30, 4e30, 0.0], [0.0, 0.0, 0.0]])
+    gradient = jnp.array(
+        [[3.0, -4.0, 0.0], [1e-30, 0.0, -1e-30], [3e30, 4e30, 0.0], [0.0, 0.0, 0.0]]
+    )
     direction = steepest_direction(gradient, norm)
     half = 0.5**0.5
-    expected = {"l2": [[0.6, -0.8, 0], [half, 0, -half], [0.6, 0.8, 0], [0, 0, 0]], "linf": np.sign(gradient)}[norm]
+    expected = {
+        "l2": [[0.6, -0.8, 0], [half, 0, -half], [0.6, 0.8, 0], [0, 0, 0]],
+        "linf": np.sign(gradient),
+    }[norm]
     np.testing.assert_allclose(direction, expected, rtol=1e-6)
     points = jnp.array([[3.0, -4.0], [0.3, 0.4], [0.0, 0.0], [-5.0, 0.0]])
-    expected = {"l2": [[1.2, -1.6], [0.3, 0.4], [0, 0], [0, 0]], "linf": [[2, -2], [0.3, 0.4], [0, 0], [0, 0]]}[norm]
-    np.testing.assert_allclose(project(points, jnp.array([2.0, 1.0, 1.0, 0.0]), norm), expected, rtol=1e-6)
+    expected = {
+        "l2": [[1.2, -1.6], [0.3, 0.4], [0, 0], [0, 0]],
+        "linf": [[2, -2], [0.3, 0.4], [0, 0], [0, 0]],
+    }[norm]
+    np.testing.assert_allclose(
+        project(points, jnp.array([2.0, 1.0, 1.0, 0.0]), norm), expected, rtol=1e-6
+    )
 
 
 def test_epsilon_may_differ_from_example_to_example():
@@ -202,7 +268,9 @@ def test_the_direction_survives_saturated_and_tiny_logits(scale):
     logits_fn = lambda x: x @ jnp.array([[3.0, -1.0], [0.5, 2.0], [1.0, 1.5]])
     inputs = jnp.array([[4.0, 1.0, 0.0]])
     gradient = jax.grad(lambda x: -jax.nn.log_softmax(scale * logits_fn(x))[0, 0])(inputs)
-    assert not gradient.any() or scale < 1, "autodiff finds a gradient here; choose a more confident net"
+    assert not gradient.any() or scale < 1, (
+        "autodiff finds a gradient here; choose a more confident net"
+    )
     found = call(fgsm, lambda x: scale * logits_fn(x), inputs, epsilon=0.1, norm="l2")
     wanted = np.array([[-4.0, 1.5, 0.5]])
     np.testing.assert_allclose(found.perturbation, 0.1 * wanted / np.linalg.norm(wanted), rtol=1e-5)
@@ -212,8 +280,12 @@ def test_dead_nets_and_what_is_not_finite_stay_where_they_are():
     others = np.array([0, 1, 2, 4, 5, 6, 7, 8])
     for attack in ATTACKS:
         found = call(attack, dead, INPUTS, jnp.ones(9, int))
-        assert not found.perturbation.any() and not found.success.any() and (found.num_steps > 0).all()
-        found, without = (call(attack, NET, x, PREDICTED) for x in (INPUTS.at[3].set(jnp.nan), INPUTS))
+        assert (
+            not found.perturbation.any() and not found.success.any() and (found.num_steps > 0).all()
+        )
+        found, without = (
+            call(attack, NET, x, PREDICTED) for x in (INPUTS.at[3].set(jnp.nan), INPUTS)
+        )
         assert not found.perturbation[3].any()
         assert_same(rows(found, others), rows(without, others))
 
@@ -227,13 +299,25 @@ def test_minimal_fgsm_on_affine_nets(norm, x64):
     lead, gain = logits[row, labels][:, None] - logits, direction @ weights
     gain = gain - gain[row, labels][:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        epsilons = np.where(gain > 0, lead / gain, np.inf).min(axis=1)  # where the first other class takes over
-    found = call(minimal_fgsm, affine(weights, biases), jnp.array(inputs), max_epsilon=20.0, norm=norm)
+        # where the first other class takes over
+        epsilons = np.where(gain > 0, lead / gain, np.inf).min(axis=1)
+    found = call(
+        minimal_fgsm, affine(weights, biases), jnp.array(inputs), max_epsilon=20.0, norm=norm
+    )
     assert found.success.all() and (found.num_steps == 1).all()
-    np.testing.assert_allclose(found.perturbation, epsilons[:, None] * direction, rtol=4e-4, atol=1e-12)
-    assert (jnp.argmax(affine(weights, biases)(inputs + found.perturbation), axis=1) != labels).all()
+    np.testing.assert_allclose(
+        found.perturbation, epsilons[:, None] * direction, rtol=4e-4, atol=1e-12
+    )
+    assert (
+        jnp.argmax(affine(weights, biases)(inputs + found.perturbation), axis=1) != labels
+    ).all()
     coarse = call(
-        minimal_fgsm, affine(weights, biases), jnp.array(inputs), max_epsilon=20.0, norm=norm, num_bisections=0
+        minimal_fgsm,
+        affine(weights, biases),
+        jnp.array(inputs),
+        max_epsilon=20.0,
+        norm=norm,
+        num_bisections=0,
     )
     ratio = length(coarse.perturbation, norm) / epsilons
     assert (ratio >= 1).all() and (ratio <= 1000 ** (1 / 29)).all() and (ratio > 1.01).any()
@@ -258,12 +342,19 @@ def test_minimal_fgsm_and_the_success_curve_agree_with_fgsm():
     labels = jnp.argmax(NET(inputs), axis=1)
     labels = jnp.where(jnp.arange(9) == 0, labels + 1, labels) % 4
     found = call(minimal_fgsm, NET, inputs, labels, max_epsilon=2.0, bounds=bounds)
-    epsilons = np.where(found.num_steps == 1, length(found.perturbation, "linf"), 0).astype(np.float32)
+    epsilons = np.where(found.num_steps == 1, length(found.perturbation, "linf"), 0).astype(
+        np.float32
+    )
     at = jax.jit(lambda epsilon: fgsm(NET, inputs, labels, epsilon=epsilon, bounds=bounds).success)
     assert found.success[1:].any() and at(jnp.array(epsilons))[found.success].all()
     grid = (0.4, 0.0, 0.1, 0.9)
     curve = jax.jit(partial(fgsm_success_curve, NET, epsilons=grid, bounds=bounds))(inputs, labels)
-    assert curve.shape == (4, 9) and curve[:, 0].all() and not curve[1, 1:].any() and curve[3, 1:].any()
+    assert (
+        curve.shape == (4, 9)
+        and curve[:, 0].all()
+        and not curve[1, 1:].any()
+        and curve[3, 1:].any()
+    )
     for epsilon, success in zip(grid, curve, strict=True):
         np.testing.assert_array_equal(success, at(jnp.full(9, epsilon)))
 
@@ -277,7 +368,9 @@ def test_order_and_company_do_not_matter(attack, short_turns, x64):
     if attack is not PGD:
         return  # The others share its loop, or have none; compiling takes a while.
     one = jax.jit(partial(attack, NET))
-    alone = jax.tree.map(lambda *rows: np.concatenate(rows), *(one(inputs[i : i + 1]) for i in range(9)))
+    alone = jax.tree.map(
+        lambda *rows: np.concatenate(rows), *(one(inputs[i : i + 1]) for i in range(9))
+    )
     assert_same(alone, whole, rtol=1e-10)
 
 
@@ -287,7 +380,9 @@ def test_vmap_and_pmap_agree_with_jit(x64):
     expected = jax.jit(attack)(inputs)
     for transform in (jax.vmap, jax.pmap):
         halves = transform(attack)(inputs.reshape(2, 4, 6))
-        assert_same(jax.tree.map(lambda x: x.reshape((8,) + x.shape[2:]), halves), expected, rtol=1e-10)
+        assert_same(
+            jax.tree.map(lambda x: x.reshape((8,) + x.shape[2:]), halves), expected, rtol=1e-10
+        )
 
 
 def test_no_gradient_flows_through_the_results():
@@ -296,13 +391,19 @@ def test_no_gradient_flows_through_the_results():
         assert jax.jit(jax.grad(total))(1.0) == 0
 
 
-@pytest.mark.parametrize("bounds", [(-jnp.full(6, 0.5), jnp.linspace(0.6, 0.9, 6)), (-0.5, jnp.ones((1,)))])
+@pytest.mark.parametrize(
+    "bounds", [(-jnp.full(6, 0.5), jnp.linspace(0.6, 0.9, 6)), (-0.5, jnp.ones((1,)))]
+)
 def test_bounds_may_be_arrays(bounds):
     inputs = jnp.clip(INPUTS, -0.5, 0.6)
     found = jax.jit(partial(fgsm, NET, epsilon=0.4, bounds=bounds))(inputs)
     lower, upper = (np.broadcast_to(bound, (9, 6)) for bound in bounds)
     result = np.asarray(inputs + found.perturbation)
-    assert (result >= lower - 1e-6).all() and (result <= upper + 1e-6).all() and np.isclose(result, upper).any()
+    assert (
+        (result >= lower - 1e-6).all()
+        and (result <= upper + 1e-6).all()
+        and np.isclose(result, upper).any()
+    )
     for attack in (*ATTACKS, partial(fgsm_success_curve, epsilons=(0.1, 0.5))):
         of_one_row = [jnp.broadcast_to(bound, (1, 6)) for bound in bounds]
         jax.tree.map(
@@ -316,13 +417,19 @@ WRONG_CALLS = {
     "norm is 'l1'; it must be one of 'l2', 'linf'": dict(norm="l1"),
     r"epsilon is -0\.1; it must be 0 or more": dict(epsilon=-0.1),
     "epsilon is nan; it must be 0 or more": dict(epsilon=float("nan")),
-    r"epsilon must be one number, or one per example: \(9,\); got shape \(3,\)": dict(epsilon=jnp.ones(3)),
+    r"epsilon must be one number, or one per example: \(9,\); got shape \(3,\)": dict(
+        epsilon=jnp.ones(3)
+    ),
     r"step_size is -1\.0; it must be 0 or more": dict(step_size=-1.0),
     "num_steps is 0; it must be at least 1": dict(num_steps=0),
     r"bounds must be a pair \(lower, upper\); got 1 of them": dict(bounds=(0.0,)),
     r"bounds are 1\.0 and 0\.0; the first must nowhere exceed the second": dict(bounds=(1.0, 0.0)),
-    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(9, 6\)": dict(bounds=(0.0, jnp.ones((9, 6)))),
-    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(5,\)": dict(bounds=(jnp.zeros(5), 1.0)),
+    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(9, 6\)": dict(
+        bounds=(0.0, jnp.ones((9, 6)))
+    ),
+    r"a bound must .* one example, \(6,\) or \(1, 6\); got \(5,\)": dict(
+        bounds=(jnp.zeros(5), 1.0)
+    ),
     r"inputs must be a floating batch.* got int32\[9, 6\]": dict(inputs=jnp.ones((9, 6), int)),
     r"labels must be integers of shape \(9,\).* not one-hot": dict(labels=jnp.ones((9, 4))),
     r"at least 2 classes .* returned \(9, 1\)": dict(logits_fn=lambda x: x[:, :1]),
@@ -332,7 +439,10 @@ WRONG_CALLS = {
 @pytest.mark.parametrize("message", WRONG_CALLS)
 @pytest.mark.parametrize("wrap", [lambda attack: attack, jax.jit])
 def test_errors_say_what_was_expected_and_what_came(message, wrap, unchecked):
-    arguments = dict(logits_fn=NET, inputs=INPUTS, labels=None, epsilon=0.3, step_size=0.1) | WRONG_CALLS[message]
+    arguments = (
+        dict(logits_fn=NET, inputs=INPUTS, labels=None, epsilon=0.3, step_size=0.1)
+        | WRONG_CALLS[message]
+    )
     logits_fn, inputs, labels = (arguments.pop(name) for name in ("logits_fn", "inputs", "labels"))
     with pytest.raises(ValueError, match=message):
         wrap(partial(pgd, logits_fn, **arguments))(inputs, labels)
@@ -347,5 +457,7 @@ def test_errors_of_the_search_for_epsilon(unchecked):
         with pytest.raises(ValueError, match=message):
             minimal_fgsm(NET, INPUTS, **options)
     for epsilons in (0.1, [0.1, -0.1], [[0.1]]):
-        with pytest.raises(ValueError, match="epsilons must be a vector of numbers, each 0 or more"):
+        with pytest.raises(
+            ValueError, match="epsilons must be a vector of numbers, each 0 or more"
+        ):
             fgsm_success_curve(NET, INPUTS, epsilons=epsilons)

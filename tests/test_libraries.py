@@ -12,8 +12,14 @@ from flax import nnx
 import dd_jax
 
 PARAMS = {
-    "hidden": {"w": 1.5 * jax.random.normal(jax.random.key(1), (6, 8)) / 6**0.5, "b": jnp.linspace(-1.0, 1.0, 8)},
-    "out": {"w": 1.5 * jax.random.normal(jax.random.key(2), (8, 4)) / 8**0.5, "b": jnp.linspace(0.5, -0.5, 4)},
+    "hidden": {
+        "w": 1.5 * jax.random.normal(jax.random.key(1), (6, 8)) / 6**0.5,
+        "b": jnp.linspace(-1.0, 1.0, 8),
+    },
+    "out": {
+        "w": 1.5 * jax.random.normal(jax.random.key(2), (8, 4)) / 8**0.5,
+        "b": jnp.linspace(0.5, -0.5, 4),
+    },
 }
 INPUTS = jax.random.normal(jax.random.key(3), (8, 6))
 LABELS = jnp.arange(8) % 4
@@ -33,14 +39,17 @@ def penalty(logits_fn):
 def expected():
     predicted = jnp.argmax(bare_net(PARAMS, INPUTS), axis=1) == LABELS
     assert predicted.any() and not predicted.all()
-    gradient, values = jax.jit(jax.grad(lambda params: penalty(partial(bare_net, params)), has_aux=True))(PARAMS)
+    gradient, values = jax.jit(
+        jax.grad(lambda params: penalty(partial(bare_net, params)), has_aux=True)
+    )(PARAMS)
     return values, gradient
 
 
 def renamed(kernel, bias, transposed=False):
     """PARAMS under another library's names."""
     return {
-        layer: {kernel: jnp.asarray(p["w"].T if transposed else p["w"]), bias: p["b"]} for layer, p in PARAMS.items()
+        layer: {kernel: jnp.asarray(p["w"].T if transposed else p["w"]), bias: p["b"]}
+        for layer, p in PARAMS.items()
     }
 
 
@@ -63,7 +72,9 @@ def test_flax_linen(expected):
 
     objective = lambda params: penalty(partial(Net().apply, {"params": params}))
     gradient, values = jax.jit(jax.grad(objective, has_aux=True))(renamed("kernel", "bias"))
-    assert_same(expected, values, lambda layer: (gradient[layer]["kernel"], gradient[layer]["bias"]))
+    assert_same(
+        expected, values, lambda layer: (gradient[layer]["kernel"], gradient[layer]["bias"])
+    )
 
 
 def test_flax_nnx(expected):
@@ -77,7 +88,11 @@ def test_flax_nnx(expected):
     net = Net(nnx.Rngs(0))
     nnx.update(net, nnx.State(renamed("kernel", "bias")))
     gradient, values = nnx.jit(nnx.grad(penalty, has_aux=True))(net)
-    assert_same(expected, values, lambda layer: (gradient[layer]["kernel"][...], gradient[layer]["bias"][...]))
+    assert_same(
+        expected,
+        values,
+        lambda layer: (gradient[layer]["kernel"][...], gradient[layer]["bias"][...]),
+    )
 
 
 def test_equinox(expected):
@@ -90,11 +105,19 @@ def test_equinox(expected):
         def __call__(self, x):
             return self.out(jnp.tanh(self.hidden(x)))
 
-    net = Net(eqx.nn.Linear(6, 8, key=jax.random.key(0)), eqx.nn.Linear(8, 4, key=jax.random.key(0)))
+    net = Net(
+        eqx.nn.Linear(6, 8, key=jax.random.key(0)), eqx.nn.Linear(8, 4, key=jax.random.key(0))
+    )
     params = renamed("weight", "bias", transposed=True)
     leaves = lambda net: [net.hidden.weight, net.hidden.bias, net.out.weight, net.out.bias]
-    net = eqx.tree_at(leaves, net, [params[layer][name] for layer in ("hidden", "out") for name in ("weight", "bias")])
-    gradient, values = eqx.filter_jit(eqx.filter_grad(lambda net: penalty(jax.vmap(net)), has_aux=True))(net)
+    net = eqx.tree_at(
+        leaves,
+        net,
+        [params[layer][name] for layer in ("hidden", "out") for name in ("weight", "bias")],
+    )
+    gradient, values = eqx.filter_jit(
+        eqx.filter_grad(lambda net: penalty(jax.vmap(net)), has_aux=True)
+    )(net)
     gradient_of = lambda layer: (getattr(gradient, layer).weight, getattr(gradient, layer).bias)
     assert_same(expected, values, gradient_of, transposed=True)
 

@@ -1,4 +1,6 @@
-"""The paper's nets: their parameters, the authors' logits and gradients, and what dropout may and may not do."""
+"""The paper's nets: their parameters, the authors' logits and gradients, and what dropout may and
+may not do.
+"""
 
 import math
 import pathlib
@@ -38,7 +40,11 @@ def golden():
 
 
 def golden_params(arrays, name, dtype):
-    weights = {key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
+    weights = {
+        key.removeprefix("param/"): value
+        for key, value in arrays.items()
+        if key.startswith("param/")
+    }
     return jax.tree.map(lambda array: jnp.asarray(array, dtype), from_torch(name, weights))
 
 
@@ -49,7 +55,9 @@ def golden_images(arrays, dtype):
 def shapes(name, num_classes=10):
     images = jax.ShapeDtypeStruct((2, *models.input_shape(name)), jnp.float32)
     model = models.create(name, num_classes)
-    variables, logits = jax.eval_shape(lambda x: (v := model.init(jax.random.key(0), x), model.apply(v, x)), images)
+    variables, logits = jax.eval_shape(
+        lambda x: (v := model.init(jax.random.key(0), x), model.apply(v, x)), images
+    )
     return variables, logits
 
 
@@ -59,7 +67,9 @@ def test_parameters_have_the_authors_names_and_the_papers_number(name):
     expected = {(layer, "kernel"): shape for layer, shape in KERNELS[name].items()}
     expected |= {(layer, "bias"): shape[-1:] for layer, shape in KERNELS[name].items()}
     assert set(variables) == {"params"}
-    assert {path: leaf.shape for path, leaf in flatten_dict(variables["params"]).items()} == expected
+    assert {
+        path: leaf.shape for path, leaf in flatten_dict(variables["params"]).items()
+    } == expected
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == NUM_PARAMETERS[name]
     assert logits.shape == (2, 10)
 
@@ -77,7 +87,9 @@ def test_number_of_classes_changes_the_last_layer_alone(name):
 def test_logits_are_the_authors(x64, golden, name):
     arrays = golden[name]
     params = golden_params(arrays, name, jnp.float64)
-    logits = jax.jit(models.create(name).apply)({"params": params}, golden_images(arrays, jnp.float64))
+    logits = jax.jit(models.create(name).apply)(
+        {"params": params}, golden_images(arrays, jnp.float64)
+    )
     assert logits.dtype == jnp.float64
     np.testing.assert_allclose(logits, arrays["clean/logits"], rtol=1e-9, atol=1e-11)
 
@@ -86,7 +98,9 @@ def test_logits_are_the_authors(x64, golden, name):
 def test_float32_stays_float32_and_nets_without_dropout_need_no_key_to_train(golden, name):
     arrays, model = golden[name], models.create(name)
     variables = {"params": golden_params(arrays, name, jnp.float32)}
-    modes = jax.jit(lambda images: [model.apply(variables, images, train=train) for train in (False, True)])
+    modes = jax.jit(
+        lambda images: [model.apply(variables, images, train=train) for train in (False, True)]
+    )
     expected = arrays["clean/logits"][:3]
     for logits in modes(golden_images(arrays, jnp.float32)[:3]):
         assert logits.dtype == jnp.float32
@@ -105,24 +119,38 @@ def test_gradients_of_every_logit_are_the_authors(x64, golden, name):
         one_hots = jnp.broadcast_to(jnp.eye(10)[:, None], (10, *logits.shape))
         return jax.vmap(lambda cotangent: pull_back(cotangent)[0])(one_hots)
 
-    gradients = class_gradients(golden_images(arrays, jnp.float64)[:num_images]).transpose(1, 0, 4, 2, 3)
+    gradients = class_gradients(golden_images(arrays, jnp.float64)[:num_images]).transpose(
+        1, 0, 4, 2, 3
+    )
     expected = arrays["clean/class_gradients_first4"][:num_images]  # stored as float32
     np.testing.assert_allclose(gradients, expected, rtol=1e-6, atol=1e-7 * np.abs(expected).max())
 
 
 def test_fresh_weights_keep_the_scale_of_activations():
-    params = jax.jit(models.create("lenet").init)(jax.random.key(0), jnp.ones((1, 28, 28, 1)))["params"]
+    params = jax.jit(models.create("lenet").init)(jax.random.key(0), jnp.ones((1, 28, 28, 1)))[
+        "params"
+    ]
     for layer, arrays in params.items():
         fan_in = math.prod(arrays["kernel"].shape[:-1])
         assert not arrays["bias"].any(), layer
-        np.testing.assert_allclose(jnp.std(arrays["kernel"]), math.sqrt(2 / fan_in), rtol=0.15, err_msg=layer)
+        np.testing.assert_allclose(
+            jnp.std(arrays["kernel"]), math.sqrt(2 / fan_in), rtol=0.15, err_msg=layer
+        )
 
 
 @pytest.fixture(scope="module")
 def nin(golden):
-    """`apply(images, key)`, NIN with the authors' weights: its logits, and what dropout1 lets through. And images."""
-    variables, model = {"params": golden_params(golden["nin"], "nin", jnp.float32)}, models.create("nin")
-    capture = {"capture_intermediates": lambda module, _: module.name == "dropout1", "mutable": "intermediates"}
+    """`apply(images, key)`, NIN with the authors' weights: its logits, and what dropout1 lets
+    through. And images.
+    """
+    variables, model = (
+        {"params": golden_params(golden["nin"], "nin", jnp.float32)},
+        models.create("nin"),
+    )
+    capture = {
+        "capture_intermediates": lambda module, _: module.name == "dropout1",
+        "mutable": "intermediates",
+    }
 
     @jax.jit
     def apply(images, key=None):
@@ -143,12 +171,17 @@ def test_a_dropout_key_is_one_net_whatever_the_batch(nin):
 
 def test_another_key_is_another_net_and_without_training_there_is_no_dropout(nin, golden):
     apply, images = nin
-    clean, one, other = (apply(images, key)[0] for key in (None, jax.random.key(1), jax.random.key(2)))
+    clean, one, other = (
+        apply(images, key)[0] for key in (None, jax.random.key(1), jax.random.key(2))
+    )
     expected = golden["nin"]["clean/logits"][:4]
     scale = np.abs(expected).max()
     assert clean.dtype == jnp.float32
     np.testing.assert_allclose(clean, expected, atol=2e-5 * scale)
-    assert min(float(jnp.abs(a - b).max()) for a, b in ((clean, one), (clean, other), (one, other))) > 0.05 * scale
+    assert (
+        min(float(jnp.abs(a - b).max()) for a, b in ((clean, one), (clean, other), (one, other)))
+        > 0.05 * scale
+    )
 
 
 def test_dropout_keeps_half_and_doubles_it(nin):

@@ -27,11 +27,15 @@ def test_norms_of_unequal_entries():
 
 
 def test_two_leading_axes_stay():
-    np.testing.assert_allclose(lp_norm(X, "l2", num_leading=2), [[5.0, 12.0], [5**0.5, 20**0.5]], rtol=1e-6)
+    np.testing.assert_allclose(
+        lp_norm(X, "l2", num_leading=2), [[5.0, 12.0], [5**0.5, 20**0.5]], rtol=1e-6
+    )
     np.testing.assert_allclose(dual_norm(X, "linf", num_leading=2), [[7.0, 12.0], [3.0, 6.0]])
 
 
-@pytest.mark.parametrize("norm, largest", [("l2", lambda w: w / jnp.sqrt((w**2).sum())), ("linf", jnp.sign)])
+@pytest.mark.parametrize(
+    "norm, largest", [("l2", lambda w: w / jnp.sqrt((w**2).sum())), ("linf", jnp.sign)]
+)
 def test_dual_norm_is_the_most_that_a_unit_ball_gives(norm, largest):
     w = X[1:]
     r = largest(w)
@@ -53,9 +57,14 @@ def test_relative_norm(norm, rho):
     inputs = jnp.array([[6.0, 8.0], [0.0, -1.0], [0.0, 0.0]])
     perturbation = jnp.array([[-3.0, 4.0], [2.0, 0.0], [1.0, 1.0]])
     if norm == "linf":
-        inputs, perturbation = inputs.at[0].set(jnp.array([5.0, -3.0])), perturbation.at[0].set(jnp.array([-4.0, 1.0]))
+        inputs, perturbation = (
+            inputs.at[0].set(jnp.array([5.0, -3.0])),
+            perturbation.at[0].set(jnp.array([-4.0, 1.0])),
+        )
     np.testing.assert_allclose(relative_norm(perturbation, inputs, norm), rho, rtol=1e-6)
-    gradients = jax.grad(lambda d, x: relative_norm(d, x, norm).sum(), argnums=(0, 1))(perturbation, inputs)
+    gradients = jax.grad(lambda d, x: relative_norm(d, x, norm).sum(), argnums=(0, 1))(
+        perturbation, inputs
+    )
     for gradient in gradients:
         assert np.isfinite(gradient).all() and np.any(gradient[0]) and not np.any(gradient[2])
 
@@ -69,10 +78,13 @@ def test_an_unknown_norm_is_named_with_the_known_ones():
         check_norm("l1")
 
 
-ROW = np.float64([[-1.0, 2.0]])  # The bounds of an example's last axis, which broadcast to the examples of X.
+# The bounds of an example's last axis, which broadcast to the examples of X.
+ROW = np.float64([[-1.0, 2.0]])
 
 
-@pytest.mark.parametrize("lower", [-1.0, ROW[0], ROW, ROW[None], np.broadcast_to(ROW, (2, 2)), jnp.zeros((1, 2, 1))])
+@pytest.mark.parametrize(
+    "lower", [-1.0, ROW[0], ROW, ROW[None], np.broadcast_to(ROW, (2, 2)), jnp.zeros((1, 2, 1))]
+)
 def test_bounds_are_numbers_or_of_one_example_with_or_without_its_axis(lower):
     upper = lower + 1.5
     check_bounds((lower, upper), X)
@@ -81,19 +93,28 @@ def test_bounds_are_numbers_or_of_one_example_with_or_without_its_axis(lower):
     np.testing.assert_array_equal(found, wanted)
     assert found.dtype == X.dtype and (wanted != X).any() and (wanted == X).any()
     inside = jnp.asarray(wanted)
-    np.testing.assert_allclose(inside + stay_within(100 * (X - inside), inside, (lower, upper)), wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        inside + stay_within(100 * (X - inside), inside, (lower, upper)), wanted, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "bounds, said",
     [
         ((0.0,), r"bounds must be a pair \(lower, upper\); got 1 of them"),
-        ((0.0, np.ones((3, 2, 2))), r"broadcast to .* one example, \(2, 2\) or \(1, 2, 2\); got \(3, 2, 2\)"),
+        (
+            (0.0, np.ones((3, 2, 2))),
+            r"broadcast to .* one example, \(2, 2\) or \(1, 2, 2\); got \(3, 2, 2\)",
+        ),
         ((np.zeros((2, 2, 2)), 1.0), r"got \(2, 2, 2\)"),  # As many as there are examples.
         ((np.zeros((1, 1, 2, 2)), 1.0), r"got \(1, 1, 2, 2\)"),
         ((0.0, np.ones(3)), r"got \(3,\)"),
         ((2.0, 1.0), r"bounds are 2\.0 and 1\.0; the first must nowhere exceed the second"),
-        ((ROW, 1.0), r"bounds are an array of shape \(1, 2\) and 1\.0; the first must nowhere exceed the second"),
+        (
+            (ROW, 1.0),
+            r"bounds are an array of shape \(1, 2\) and 1\.0; the first must nowhere exceed the "
+            r"second",
+        ),
         ((float("nan"), 1.0), "the first must nowhere exceed the second"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Several devices and processes give what one gives. Programs of their own, since a process has one number of devices."""
+"""Several devices and processes give what one gives. Programs of their own, since a process has one
+number of devices.
+"""
 
 import json
 import os
@@ -24,8 +26,9 @@ if arguments.get("coordinator"):
     parallel.initialize(arguments["coordinator"], arguments["num_processes"], arguments["process_id"])
 import flax.linen as nn
 import jax, numpy as np, optax
-from dd_jax import baselines, evaluation, training
-from dd_jax.metrics import Settings
+from dd_jax import defenses, evaluation, training
+from dd_jax.data import in_memory
+from dd_jax.evaluation import Settings
 
 class Net(nn.Module):
     @nn.compact
@@ -36,8 +39,8 @@ class Net(nn.Module):
 
 random = np.random.default_rng(0)
 model, optimizer = Net(), training.make_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-3)
-defense = baselines.make_defense("deep_defense_fgsm", penalty_weight=1.0, correct_scale=2.0, wrong_scale=1.0, num_steps=2)
-step = training.make_train_step(model, optimizer, defense, num_parts=arguments.get("num_parts", 1))
+defense = defenses.make_defense("deep_defense_fgsm", penalty_weight=1.0, correct_scale=2.0, wrong_scale=1.0, num_steps=2)
+step = training.make_train_step(model, optimizer, defense, accumulation_steps=arguments.get("accumulation_steps", 1))
 state = parallel.replicate(training.initial_state(model, optimizer, (5, 5, 2), 0))
 for i in range(5):
     size = 13 if i == 4 else 16  # The last one is ragged.
@@ -46,7 +49,7 @@ for i in range(5):
     state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
     jax.block_until_ready(state)
 apply = lambda variables, x: model.apply(variables, x)
-whole = evaluation.in_memory(batch["image"], batch["label"])
+whole = in_memory(batch["image"], batch["label"])
 shares = whole._replace(batches=lambda *sizes: (parallel.share_of(part) for part in whole.batches(*sizes)))
 measure = lambda examples, compile_fn: evaluation.measure(
     apply, {{"params": state.params}}, examples, batch_size=8, settings=Settings(num_steps=5), show_progress=False,
@@ -62,8 +65,9 @@ if parallel.is_primary():
 ENDING = """
 import json, os, signal, sys, time
 sys.path[:0] = [{root!r}]
-from dd_jax import command_line, parallel, runs
-from dd_jax.configuration import ConfigurationError
+from dd_jax import parallel
+from dd_jax.experiment import command_line, runs
+from dd_jax.experiment.configuration import ConfigurationError
 
 def stage(first_step, asked_at=None):
     pauses, ended = runs.Pauses(), None
@@ -97,9 +101,13 @@ def start(tmp_path, num_devices, program_text=PROGRAM, **arguments):
     program = tmp_path / "program.py"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     program.write_text(textwrap.dedent(program_text).format(root=root))
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"
+    }
     command = [sys.executable, str(program), json.dumps(arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def result(process):
@@ -123,19 +131,27 @@ def together(tmp_path):
 
 def assert_same(actual, wanted):
     for name, values in wanted["params"].items():
-        np.testing.assert_allclose(actual["params"][name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            actual["params"][name], values, rtol=1e-5, atol=1e-5, err_msg=name
+        )
     for name, value in wanted["measured"].items():
-        np.testing.assert_allclose(actual["measured"][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    assert actual["found"].keys() == wanted["found"].keys() and actual["found"]["num_examples"] == 13
+        np.testing.assert_allclose(
+            actual["measured"][name], value, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+    assert (
+        actual["found"].keys() == wanted["found"].keys() and actual["found"]["num_examples"] == 13
+    )
     for name, value in wanted["found"].items():
         np.testing.assert_allclose(actual["found"][name], value, rtol=1e-3, err_msg=name)
 
 
 def test_devices_processes_and_parts_change_nothing(tmp_path):
-    """Five steps with dropout, the last on a ragged batch, and a measurement whose last batch is ragged too."""
+    """Five steps with dropout, the last on a ragged batch, and a measurement whose last batch is
+    ragged too.
+    """
     one = result(start(tmp_path, 1))
     four = result(start(tmp_path, 4))
-    in_parts = result(start(tmp_path, 2, num_parts=3))
+    in_parts = result(start(tmp_path, 2, accumulation_steps=3))
     first, second = together(tmp_path)
     assert [x["devices"] for x in (one, four, in_parts, first)] == [1, 4, 2, 4] and second is None
     for other in (four, in_parts, first):
@@ -143,18 +159,32 @@ def test_devices_processes_and_parts_change_nothing(tmp_path):
 
 
 def test_processes_end_together_when_one_is_asked_and_when_one_fails(tmp_path):
-    """SIGTERM in a first stage, a stage without, SIGTERM at once in a stage that goes on at 500; then one has no data."""
+    """SIGTERM in a first stage, a stage without, SIGTERM at once in a stage that goes on at 500;
+    then one has no data.
+    """
     both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2)
     processes = [start(tmp_path, 1, ENDING, **both, process_id=i) for i in range(2)]
-    (first, first_err), (second, second_err) = (process.communicate(timeout=120) for process in processes)
-    assert [process.returncode for process in processes] == [1, 1], (first_err[-2000:], second_err[-2000:])
+    (first, first_err), (second, second_err) = (
+        process.communicate(timeout=120) for process in processes
+    )
+    assert [process.returncode for process in processes] == [1, 1], (
+        first_err[-2000:],
+        second_err[-2000:],
+    )
     ends = [
-        [json.loads(line) for line in out.splitlines() if line.startswith("[") and "Gloo" not in line]
+        [
+            json.loads(line)
+            for line in out.splitlines()
+            if line.startswith("[") and "Gloo" not in line
+        ]
         for out in (first, second)
     ]
     ((early, never, resumed),) = ends[0]
     assert ends[0] == ends[1] and 30 <= early <= 100 and never is None and 501 <= resumed <= 550
-    assert first_err.strip().splitlines()[-1] == "error: Another process cannot begin; what it says tells why."
+    assert (
+        first_err.strip().splitlines()[-1]
+        == "error: Another process cannot begin; what it says tells why."
+    )
     assert second_err.strip().splitlines()[-1] == "error: This one has no data."
 
 
@@ -202,7 +232,9 @@ def test_processes_are_described_whole_or_not_at_all():
     with pytest.raises(ValueError, match="Give all of --coordinator"):
         parallel.initialize("127.0.0.1:1", 2)
     for address in ("localhost", "localhost:", ":1234", "localhost:99999", "localhost:port"):
-        with pytest.raises(ValueError, match=rf"--coordinator is '{address}'; it must be HOST:PORT of process 0"):
+        with pytest.raises(
+            ValueError, match=rf"--coordinator is '{address}'; it must be HOST:PORT of process 0"
+        ):
             parallel.initialize(address, 2, 1)
     with pytest.raises(ValueError, match=r"process_id is 2; it must be within 0\.\.1"):
         parallel.initialize("127.0.0.1:1", 2, 2)

@@ -9,29 +9,75 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dd_jax import plots
+from dd_jax.results import plots
+from dd_jax.results._styles import LOOKS
 
 ROOT = pathlib.Path(__file__).parent.parent
-LONG = "deep_defense with penalty_weight=30, correct_scale=12.5 and a learning rate of $0.0005$ for $5"
+LONG = (
+    "deep_defense with penalty_weight=30, correct_scale=12.5 and a learning rate of $0.0005$ for $5"
+)
 IMAGE = np.linspace(-0.5, 1.5, 28 * 28).reshape(28, 28, 1)
-METHODS = list(plots.LOOKS)
-SUCCESS = {name: ([0.2, 0.0, 0.1, 0.3], [0.4, 0.01, 0.1 + 0.02 * i, 0.9]) for i, name in enumerate(METHODS)}
+METHODS = list(LOOKS)
+SUCCESS = {
+    name: ([0.2, 0.0, 0.1, 0.3], [0.4, 0.01, 0.1 + 0.02 * i, 0.9]) for i, name in enumerate(METHODS)
+}
 TRADE = {"reference": [(0.983, 0.11, None)], "parseval": [(0.982, 0.12, None)]} | {
     "deep_defense": [(0.981, 0.20, 5), (0.984, 0.13, 25.0), (0.983, 0.16, 10)],
     "adversarial_fgsm": [(0.985, 0.12, 0.05), (0.984, 0.14, 0.1)],
 }
 HISTORIES = {
-    name: [(e, 0.95 + 0.001 * e + 0.001 * i, 0.1 + 0.01 * e) for e in range(40)] for i, name in enumerate(METHODS)
+    name: [(e, 0.95 + 0.001 * e + 0.001 * i, 0.1 + 0.01 * e) for e in range(40)]
+    for i, name in enumerate(METHODS)
 }
 EXAMPLES = [plots.Example(name, IMAGE[:, :, 0], i, 0.1 + i / 100) for i, name in enumerate(METHODS)]
 LINES = [
-    {"stage": "reference", "step": 10, "epoch": 1.0, "loss": 2.0, "correct": 0.5, "cross_entropy": 2.0},
-    {"stage": "reference", "step": 20, "epoch": 2.0, "loss": 1.0, "correct": 0.75, "cross_entropy": 1.0},
-    {"stage": "reference", "step": 20, "epoch": 2.0, "test": {"accuracy": 0.625, "rho_l2": 0.1, "l2": 1.0}},
+    {
+        "stage": "reference",
+        "step": 10,
+        "epoch": 1.0,
+        "loss": 2.0,
+        "correct": 0.5,
+        "cross_entropy": 2.0,
+    },
+    {
+        "stage": "reference",
+        "step": 20,
+        "epoch": 2.0,
+        "loss": 1.0,
+        "correct": 0.75,
+        "cross_entropy": 1.0,
+    },
+    {
+        "stage": "reference",
+        "step": 20,
+        "epoch": 2.0,
+        "test": {"accuracy": 0.625, "rho_l2": 0.1, "l2": 1.0},
+    },
     {"stage": "reference", "step": 20, "measured": {"accuracy": 0.5, "rho_l2": 0.3}},
-    {"stage": "defended", "step": 8, "epoch": 1.0, "loss": 4.0, "correct": 0.875, "cross_entropy": 0.5, "penalty": 0.2},
-    {"stage": "defended", "step": 4, "epoch": 0.5, "loss": 6.0, "correct": 0.5, "cross_entropy": 0.7, "penalty": 0.3},
-    {"stage": "defended", "step": 8, "epoch": 1.0, "test": {"accuracy": 0.75, "rho_l2": 0.2, "l2": 2.0}},
+    {
+        "stage": "defended",
+        "step": 8,
+        "epoch": 1.0,
+        "loss": 4.0,
+        "correct": 0.875,
+        "cross_entropy": 0.5,
+        "penalty": 0.2,
+    },
+    {
+        "stage": "defended",
+        "step": 4,
+        "epoch": 0.5,
+        "loss": 6.0,
+        "correct": 0.5,
+        "cross_entropy": 0.7,
+        "penalty": 0.3,
+    },
+    {
+        "stage": "defended",
+        "step": 8,
+        "epoch": 1.0,
+        "test": {"accuracy": 0.75, "rho_l2": 0.2, "l2": 2.0},
+    },
 ]
 CASES = {
     "success_over_epsilon": ((SUCCESS,), {}),
@@ -41,9 +87,18 @@ CASES = {
     "single_run": ((LINES,), {}),
 }
 HARD_CASES = {
-    "success_over_epsilon": (({LONG: ([0, 1], [0, 1]), **{f"{LONG} {i}": ([0, 1], [0, 0.5]) for i in range(12)}},), {}),
-    "robustness_over_accuracy": (({"deep_defense": [(1.0, 0.1, 1e-7)], "clean": [], LONG: [(0.9, 0.2, 1)]},), {}),
-    "fooling_examples": ((IMAGE, [plots.Example(LONG, IMAGE, LONG, None)] + 13 * [EXAMPLES[1]]), {"label": LONG}),
+    "success_over_epsilon": (
+        ({LONG: ([0, 1], [0, 1]), **{f"{LONG} {i}": ([0, 1], [0, 0.5]) for i in range(12)}},),
+        {},
+    ),
+    "robustness_over_accuracy": (
+        ({"deep_defense": [(1.0, 0.1, 1e-7)], "clean": [], LONG: [(0.9, 0.2, 1)]},),
+        {},
+    ),
+    "fooling_examples": (
+        (IMAGE, [plots.Example(LONG, IMAGE, LONG, None)] + 13 * [EXAMPLES[1]]),
+        {"label": LONG},
+    ),
     "training_over_epochs": (({LONG: [(3, 0.9, float("nan"))], "clean": []},), {}),
     "single_run": (([{"stage": "reference", "step": 5, "loss": 0.0, "correct": 1.0}],), {}),
 }
@@ -56,7 +111,11 @@ def draw(name, cases=CASES):
 
 
 def data_of(axes):
-    return {line.get_label(): line.get_xydata() for line in axes.lines if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): line.get_xydata()
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
 
 
 def legend_texts(figure):
@@ -67,7 +126,13 @@ def legend_texts(figure):
 def test_files_are_whole_small_and_the_same_each_time(name, tmp_path):
     arguments, options = CASES[name]
     first = getattr(plots, name)(tmp_path / "new" / "folder", *arguments, **options)
-    settings = {"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 30, "text.usetex": True, "pdf.fonttype": 3}
+    settings = {
+        "font.size": 20,
+        "axes.facecolor": "red",
+        "savefig.dpi": 30,
+        "text.usetex": True,
+        "pdf.fonttype": 3,
+    }
     with matplotlib.rc_context(settings):
         before = dict(matplotlib.rcParams)
         again = getattr(plots, name)(str(tmp_path), *arguments, **options)
@@ -81,7 +146,11 @@ def test_files_are_whole_small_and_the_same_each_time(name, tmp_path):
         np.testing.assert_allclose(image.size, 150 * draw(name).get_size_inches(), atol=1)
         assert "Software" not in image.info
     text = pdf.read_bytes()
-    assert text.startswith(b"%PDF-") and text.rstrip().endswith(b"%%EOF") and b"CreationDate" not in text
+    assert (
+        text.startswith(b"%PDF-")
+        and text.rstrip().endswith(b"%%EOF")
+        and b"CreationDate" not in text
+    )
     assert png.stat().st_size < 150_000 and len(text) < 150_000
 
 
@@ -101,14 +170,20 @@ def test_nothing_is_cut_off_and_legends_cover_no_data(name, cases):
     assert name == "fooling_examples" or all(axes.get_ylabel() for axes in figure.axes)
 
 
-def test_methods_have_readable_names_and_are_told_apart_without_colour():
+def test_methods_have_readable_names_and_are_told_apart_without_color():
     labels = {name: look.label for name, look in plots.looks(METHODS).items()}
-    assert labels["adversarial_fgsm"] == "Adv. Train II (FGSM)" and labels["deep_defense_fgsm"] == "Deep Defense + FGSM"
-    known = list(plots.LOOKS.values())
+    assert (
+        labels["adversarial_fgsm"] == "Adv. Train II (FGSM)"
+        and labels["deep_defense_fgsm"] == "Deep Defense + FGSM"
+    )
+    known = list(LOOKS.values())
     assert len({look.marker for look in known}) == len({look.color for look in known}) == len(known)
-    assert sum(look.dashes == () for look in known) == 2 and len({look.dashes for look in known}) == len(known) - 1
+    assert (
+        sum(look.dashes == () for look in known) == 2
+        and len({look.dashes for look in known}) == len(known) - 1
+    )
     unknown = plots.looks(["deep_defense", *(f"mine {i}" for i in range(12)), "clean"])
-    assert unknown["mine 3"].label == "mine 3" and unknown["clean"] == plots.LOOKS["clean"]
+    assert unknown["mine 3"].label == "mine 3" and unknown["clean"] == LOOKS["clean"]
     assert len({look[1:] for look in unknown.values()}) == 14
 
 
@@ -116,21 +191,32 @@ def test_success_over_epsilon_carries_the_rates_in_order():
     figure = plots.success_over_epsilon_figure(SUCCESS, unit="1/255")
     (axes,) = figure.axes
     np.testing.assert_allclose(
-        data_of(axes)["Parseval"], [(0, 1), (0.1, 10 + 2 * METHODS.index("parseval")), (0.2, 40), (0.3, 90)]
+        data_of(axes)["Parseval"],
+        [(0, 1), (0.1, 10 + 2 * METHODS.index("parseval")), (0.2, 40), (0.3, 90)],
     )
-    assert list(data_of(axes)) == legend_texts(figure) == [look.label for look in plots.LOOKS.values()]
+    assert list(data_of(axes)) == legend_texts(figure) == [look.label for look in LOOKS.values()]
     assert (
-        axes.get_ylabel() == "FGS success rate (%)" and "1/255" in axes.get_xlabel() and "epsilon" in axes.get_xlabel()
+        axes.get_ylabel() == "FGSM success rate (%)"
+        and "1/255" in axes.get_xlabel()
+        and "epsilon" in axes.get_xlabel()
     )
 
 
 def test_what_json_holds_is_drawn_and_what_is_missing_leaves_a_gap():
     curves = json.loads(
-        json.dumps({"clean": ([0, 0.1, 0.2], [0, None, 1]), "parseval": ([], []), "_mine $x$": ([1], [0.5])})
+        json.dumps(
+            {
+                "clean": ([0, 0.1, 0.2], [0, None, 1]),
+                "parseval": ([], []),
+                "_mine $x$": ([1], [0.5]),
+            }
+        )
     )
     curves["deep_defense"] = (np.array([0.0, 0.1], np.float32), np.array([float("inf"), 0.5]))
     figure = plots.success_over_epsilon_figure(curves)
-    np.testing.assert_allclose(data_of(figure.axes[0])["Clean"], [(0, 0), (0.1, np.nan), (0.2, 100)])
+    np.testing.assert_allclose(
+        data_of(figure.axes[0])["Clean"], [(0, 0), (0.1, np.nan), (0.2, 100)]
+    )
     np.testing.assert_allclose(data_of(figure.axes[0])["Deep Defense"], [(0, np.nan), (0.1, 50)])
     assert legend_texts(figure) == ["Clean", "Parseval (no data)", "_mine $x$", "Deep Defense"]
 
@@ -138,21 +224,26 @@ def test_what_json_holds_is_drawn_and_what_is_missing_leaves_a_gap():
 def test_robustness_over_accuracy_connects_what_was_swept_in_order():
     figure = draw("robustness_over_accuracy")
     (axes,) = figure.axes
-    np.testing.assert_allclose(data_of(axes)["Deep Defense"], [(98.1, 0.2), (98.3, 0.16), (98.4, 0.13)])
+    np.testing.assert_allclose(
+        data_of(axes)["Deep Defense"], [(98.1, 0.2), (98.3, 0.16), (98.4, 0.13)]
+    )
     notes = {note.get_text(): note.xy for note in axes.texts}
     assert set(notes) == {"$c$ = 5", "$c$ = 25", r"$\epsilon$ = 0.05", r"$\epsilon$ = 0.1"}
     np.testing.assert_allclose(notes["$c$ = 25"], (98.4, 0.13))
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]
     np.testing.assert_allclose(star.get_xydata(), [(98.3, 0.11)])
     assert axes.get_xlabel() == "Benign accuracy (%)" and r"\rho_2" in axes.get_ylabel()
-    unknown = plots.robustness_over_accuracy_figure({"a": [(0.9, 0.2, 7), (0.8, 0.1, None)]}, swept={"a": "beta"})
+    unknown = plots.robustness_over_accuracy_figure(
+        {"a": [(0.9, 0.2, 7), (0.8, 0.1, None)]}, swept={"a": "beta"}
+    )
     np.testing.assert_allclose(data_of(unknown.axes[0])["a"], [(90, 0.2), (80, 0.1)])
     assert [note.get_text() for note in unknown.axes[0].texts] == ["beta = 7"]
 
 
 def test_notes_hide_no_point_and_no_other_note():
     crowd = {
-        name: [(0.98 + 0.001 * i, 0.1 + 0.01 * i, 1), (0.99, 0.2 + 0.02 * i, 2)] for i, name in enumerate(METHODS[3:])
+        name: [(0.98 + 0.001 * i, 0.1 + 0.01 * i, 1), (0.99, 0.2 + 0.02 * i, 2)]
+        for i, name in enumerate(METHODS[3:])
     }
     (axes,) = plots.robustness_over_accuracy_figure(crowd).axes
     boxes = [note.get_window_extent() for note in axes.texts]
@@ -175,17 +266,31 @@ def test_notes_of_methods_at_the_same_point_stand_apart():
 def test_fooling_examples_stand_beside_the_original(shape):
     image = np.linspace(-0.5, 1.5, np.prod(shape)).reshape(shape).astype(np.float32)
     image[0, 0] = np.nan
-    examples = [plots.Example("adversarial_fgsm", 1 - image, "cat", 0.12345), plots.Example("mine", image, 8, np.nan)]
+    examples = [
+        plots.Example("adversarial_fgsm", 1 - image, "cat", 0.12345),
+        plots.Example("mine", image, 8, np.nan),
+    ]
     figure = plots.fooling_examples_figure(image, examples, label="dog")
-    assert [axes.get_title() for axes in figure.axes] == ["Original", "Adv. Train II\n(FGSM)", "mine"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Original",
+        "Adv. Train II\n(FGSM)",
+        "mine",
+    ]
     below = [axes.get_xlabel().split("\n") for axes in figure.axes]
-    assert below == [["class dog", ""], ["taken for cat", r"$\rho_2$ = 0.123"], ["taken for 8", r"$\rho_2$ = no data"]]
+    assert below == [
+        ["class dog", ""],
+        ["taken for cat", r"$\rho_2$ = 0.123"],
+        ["taken for 8", r"$\rho_2$ = no data"],
+    ]
     drawn = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     expected = np.clip(image, 0, 1)
     expected[0, 0] = 0
     np.testing.assert_allclose(drawn[0], expected.reshape(drawn[0].shape), rtol=1e-6)
     assert drawn[0].shape == (shape if shape[2:] == (3,) else shape[:2])
-    assert np.nanmax(np.abs(drawn[1][1:] + drawn[0][1:] - 1)) < 1e-6 and axes_limits(figure) == [(0, 1)] * 3
+    assert (
+        np.nanmax(np.abs(drawn[1][1:] + drawn[0][1:] - 1)) < 1e-6
+        and axes_limits(figure) == [(0, 1)] * 3
+    )
 
 
 def axes_limits(figure):
@@ -201,7 +306,10 @@ def test_training_over_epochs_has_accuracy_left_and_robustness_right():
     np.testing.assert_allclose(data_of(right)["Clean"], [(1, 0.1), (2, 0.12)])
     np.testing.assert_allclose(data_of(right)["Deep Defense"], [(1, 0.3)])
     assert legend_texts(figure) == ["Clean", "Deep Defense"]
-    assert left.get_ylabel() == "Test accuracy (%)" and left.get_xlabel() == right.get_xlabel() == "Epoch"
+    assert (
+        left.get_ylabel() == "Test accuracy (%)"
+        and left.get_xlabel() == right.get_xlabel() == "Epoch"
+    )
     assert all(float(tick).is_integer() for tick in right.get_xticks())
 
 
@@ -213,10 +321,22 @@ def test_single_run_shows_one_stage_after_the_other():
     np.testing.assert_allclose(data_of(loss)["Training loss"], losses)
     np.testing.assert_allclose(data_of(loss)["Its cross-entropy"][3:5], [(24, 0.7), (28, 0.5)])
     np.testing.assert_allclose(data_of(accuracy)["Training batches"][:2], [(10, 50), (20, 75)])
-    np.testing.assert_allclose(data_of(accuracy)["Test images"], [(20, 62.5), gap[0], (28, 75), gap[1]])
-    np.testing.assert_allclose(data_of(robustness)["Test images"], [(20, 0.1), gap[0], (28, 0.2), gap[1]])
-    assert [text.get_text() for text in loss.texts] == ["reference", "fine-tuning"] and loss.get_yscale() == "log"
-    assert legend_texts(figure) == ["Training loss", "Its cross-entropy", "Training batches", "Test images"]
+    np.testing.assert_allclose(
+        data_of(accuracy)["Test images"], [(20, 62.5), gap[0], (28, 75), gap[1]]
+    )
+    np.testing.assert_allclose(
+        data_of(robustness)["Test images"], [(20, 0.1), gap[0], (28, 0.2), gap[1]]
+    )
+    assert [text.get_text() for text in loss.texts] == [
+        "reference",
+        "fine-tuning",
+    ] and loss.get_yscale() == "log"
+    assert legend_texts(figure) == [
+        "Training loss",
+        "Its cross-entropy",
+        "Training batches",
+        "Test images",
+    ]
     short = draw("single_run", HARD_CASES)
     assert [text.get_text() for text in short.axes[0].texts] == ["reference"]
     assert [axes.get_ylabel() for axes in short.axes] == ["Loss", "Accuracy (%)"] and short.axes[
@@ -228,9 +348,21 @@ def test_single_run_shows_one_stage_after_the_other():
     "name, arguments, message",
     [
         ("success_over_epsilon", [{}], "nothing to draw"),
-        ("success_over_epsilon", [{"clean": ([0.1], [None]), "parseval": ([], [])}], "nothing to draw"),
-        ("success_over_epsilon", [{"clean": ([0.1, 0.2], [0.5])}], "clean's curve must be two lists of equal length"),
-        ("success_over_epsilon", [{"clean": ([0.1], [50.0])}], "success rates are fractions, 0 to 1; got 50 for clean"),
+        (
+            "success_over_epsilon",
+            [{"clean": ([0.1], [None]), "parseval": ([], [])}],
+            "nothing to draw",
+        ),
+        (
+            "success_over_epsilon",
+            [{"clean": ([0.1, 0.2], [0.5])}],
+            "clean's curve must be two lists of equal length",
+        ),
+        (
+            "success_over_epsilon",
+            [{"clean": ([0.1], [50.0])}],
+            "success rates are fractions, 0 to 1; got 50 for clean",
+        ),
         ("robustness_over_accuracy", [{}], "nothing to draw"),
         ("robustness_over_accuracy", [{"clean": [(0.9, 0.1)]}], "a point must be 3 numbers"),
         ("robustness_over_accuracy", [{"clean": [(98.3, 0.1, None)]}], "divide percent by 100"),
@@ -238,9 +370,17 @@ def test_single_run_shows_one_stage_after_the_other():
         ("training_over_epochs", [{"clean": [(1, 0.9, 0.1, 0.2)]}], "a point must be 3 numbers"),
         ("fooling_examples", [IMAGE, []], "no example to draw"),
         ("fooling_examples", [IMAGE[0, 0], EXAMPLES], r"an image must be .* got \(1,\)"),
-        ("fooling_examples", [IMAGE, [plots.Example("clean", np.zeros((4, 4, 2)), 1, 0.1)]], r"got \(4, 4, 2\)"),
+        (
+            "fooling_examples",
+            [IMAGE, [plots.Example("clean", np.zeros((4, 4, 2)), 1, 0.1)]],
+            r"got \(4, 4, 2\)",
+        ),
         ("single_run", [[]], "nothing to draw"),
-        ("single_run", [[{"stage": "reference", "step": 1, "measured": {"accuracy": 0.5}}]], "nothing to draw"),
+        (
+            "single_run",
+            [[{"stage": "reference", "step": 1, "measured": {"accuracy": 0.5}}]],
+            "nothing to draw",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong_and_no_file_is_left(name, arguments, message, tmp_path):
@@ -252,8 +392,10 @@ def test_errors_say_what_is_wrong_and_no_file_is_left(name, arguments, message, 
 def test_plots_need_neither_jax_nor_pyplot():
     for path in (ROOT / "dd_jax" / "plots").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        imported = [
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        ]
         imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
         for name in imported:
             assert "pyplot" not in name and name.split(".")[0] != "jax"
-            assert name.split(".")[0] != "dd_jax" or name.startswith("dd_jax.plots")
+            assert name.split(".")[0] != "dd_jax" or name.startswith("dd_jax.results")

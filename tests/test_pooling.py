@@ -1,4 +1,6 @@
-"""Pooling against its definition, against the authors' overlapping max-pooling net, and against finite differences."""
+"""Pooling against its definition, against the authors' overlapping max-pooling net, and against
+finite differences.
+"""
 
 import itertools
 import pathlib
@@ -11,7 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 from dd_jax.models.layers import only_pixel
-from dd_jax.pooling import avg_pool, max_pool
+from dd_jax.xla.pooling import avg_pool, max_pool
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "overlapping_maxpool.npz"
 
@@ -32,8 +34,14 @@ POOLINGS = [
 
 
 def window_starts(size, window, stride, padding, ceil_mode):
-    """Where windows start, by the definition: as long as they fit; in ceil mode one more that takes the rest."""
-    starts = [start for start in range(-padding, size + padding, stride) if start + window <= size + padding]
+    """Where windows start, by the definition: as long as they fit; in ceil mode one more that takes
+    the rest.
+    """
+    starts = [
+        start
+        for start in range(-padding, size + padding, stride)
+        if start + window <= size + padding
+    ]
     following = starts[-1] + stride if starts else -padding
     rest = not starts or starts[-1] + window < size + padding
     return [*starts, following] if ceil_mode and rest and following < size else starts
@@ -41,7 +49,9 @@ def window_starts(size, window, stride, padding, ceil_mode):
 
 def reference_max_pool(x, cotangents, window, stride, padding, ceil_mode):
     """The pooled maps and the pulled-back cotangents, one element at a time."""
-    rows, columns = (window_starts(size, window, stride, padding, ceil_mode) for size in x.shape[1:3])
+    rows, columns = (
+        window_starts(size, window, stride, padding, ceil_mode) for size in x.shape[1:3]
+    )
     pooled, gradient = np.zeros((len(x), len(rows), len(columns), x.shape[3])), np.zeros(x.shape)
     for (n, c), (i, row), (j, column) in itertools.product(
         np.ndindex(x.shape[0], x.shape[3]), enumerate(rows), enumerate(columns)
@@ -51,7 +61,8 @@ def reference_max_pool(x, cotangents, window, stride, padding, ceil_mode):
             for h in range(max(row, 0), min(row + window, x.shape[1]))
             for w in range(max(column, 0), min(column + window, x.shape[2]))
         ]
-        h, w = max(inside, key=lambda place: x[n, place[0], place[1], c])  # max returns the first of equals
+        # max returns the first of equals
+        h, w = max(inside, key=lambda place: x[n, place[0], place[1], c])
         pooled[n, i, j, c] = x[n, h, w, c]
         if cotangents is not None:
             gradient[n, h, w, c] += cotangents[n, i, j, c]
@@ -61,7 +72,8 @@ def reference_max_pool(x, cotangents, window, stride, padding, ceil_mode):
 @pytest.mark.parametrize(("size", "window", "stride", "padding", "ceil_mode"), POOLINGS)
 def test_max_pool_and_its_gradient_follow_the_definition(size, window, stride, padding, ceil_mode):
     random = np.random.default_rng(0)
-    x = random.integers(-3, 3, (2, *size, 3)).astype(np.float32)  # full of ties, and below zero as well
+    # full of ties, and below zero as well
+    x = random.integers(-3, 3, (2, *size, 3)).astype(np.float32)
     options = (window, stride, padding, ceil_mode)
     shape = reference_max_pool(x, None, *options)[0].shape
     cotangents = random.integers(1, 9, shape).astype(np.float32)
@@ -69,7 +81,9 @@ def test_max_pool_and_its_gradient_follow_the_definition(size, window, stride, p
 
     @jax.jit
     def pool_and_pull_back(x, cotangents):
-        pooled, pull_back = jax.vjp(lambda x: max_pool(x, window, stride, padding, ceil_mode=ceil_mode), x)
+        pooled, pull_back = jax.vjp(
+            lambda x: max_pool(x, window, stride, padding, ceil_mode=ceil_mode), x
+        )
         return pooled, *pull_back(cotangents)
 
     pooled, gradient = pool_and_pull_back(x, cotangents)
@@ -96,7 +110,9 @@ def test_a_tie_gives_everything_to_the_first_and_overlapping_windows_add_up():
 
 
 def golden_net(params, images):
-    """conv1 (5, padding 2), MaxPool(3, 2), ReLU, conv2 (3), MaxPool(3, 2), ReLU, fc on channels-first maps."""
+    """conv1 (5, padding 2), MaxPool(3, 2), ReLU, conv2 (3), MaxPool(3, 2), ReLU, fc on
+    channels-first maps.
+    """
     x = images
     for name, padding in (("conv1", 2), ("conv2", 0)):
         kernel = params[f"{name}.weight"].transpose(2, 3, 1, 0)
@@ -110,7 +126,11 @@ def golden_net(params, images):
 
 def test_overlapping_max_pool_in_a_net_gives_the_authors_derivatives(x64):
     golden = np.load(GOLDEN)
-    params = {key[6:]: jnp.asarray(golden[key], jnp.float64) for key in golden.files if key.startswith("param/")}
+    params = {
+        key[6:]: jnp.asarray(golden[key], jnp.float64)
+        for key in golden.files
+        if key.startswith("param/")
+    }
     images = jnp.asarray(golden["input/images"].transpose(0, 2, 3, 1), jnp.float64)
     first, second = golden["double_backward/top2"].T
     rows = np.arange(len(images))
@@ -124,26 +144,35 @@ def test_overlapping_max_pool_in_a_net_gives_the_authors_derivatives(x64):
     @jax.jit
     @jax.value_and_grad
     def mean_distance(params):
-        """(f_a - f_b) / ||d(f_a - f_b)/dx||, averaged over the images; a, b: the two largest logits."""
-        difference = lambda x: (lambda logits: logits[rows, first] - logits[rows, second])(golden_net(params, x))
+        """(f_a - f_b) / ||d(f_a - f_b)/dx||, averaged over the images; a, b: the two largest
+        logits.
+        """
+        difference = lambda x: (lambda logits: logits[rows, first] - logits[rows, second])(
+            golden_net(params, x)
+        )
         gap, pull_back = jax.vjp(difference, images)
         (gradient,) = pull_back(jnp.ones_like(gap))
         return jnp.mean(jnp.abs(gap) / jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3))))
 
     logits, jacobian = logits_and_jacobian(images)
     np.testing.assert_allclose(logits, golden["logits"], rtol=1e-11)
-    np.testing.assert_allclose(jacobian.transpose(1, 0, 4, 2, 3), golden["jacobian"], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        jacobian.transpose(1, 0, 4, 2, 3), golden["jacobian"], rtol=1e-6, atol=1e-8
+    )
 
     value, gradient = mean_distance(params)
     np.testing.assert_allclose(value, golden["double_backward/value"], rtol=1e-11)
     for name, array in gradient.items():
         expected = golden[f"double_backward/grad/{name}"]
-        np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(
+            array, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("options", [(2, 2), (3, 2, 1)])
 def test_derivatives_of_both_pools_match_finite_differences(x64, options):
-    x = jnp.asarray(np.random.default_rng(1).permutation(2 * 6 * 6).reshape(1, 6, 6, 2) / 10.0)  # no ties
+    # no ties
+    x = jnp.asarray(np.random.default_rng(1).permutation(2 * 6 * 6).reshape(1, 6, 6, 2) / 10.0)
     net = jax.jit(lambda x: jnp.sum(jnp.sin(avg_pool(max_pool(x * x, *options), 3)) ** 2))
     check_grads(net, (x,), order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
@@ -168,18 +197,27 @@ def test_derivatives_of_derivatives_keep_the_dtype_and_agree_with_plain_comparis
     ours, plain = derivatives(lambda x: max_pool(x, 3, 2)), derivatives(plain_max_pool)
     for value, expected in zip(ours, plain, strict=True):
         assert value.dtype == dtype
-        np.testing.assert_allclose(value, expected, rtol=2e-5 if dtype == jnp.float32 else 1e-12, atol=1e-6)
+        np.testing.assert_allclose(
+            value, expected, rtol=2e-5 if dtype == jnp.float32 else 1e-12, atol=1e-6
+        )
 
 
 def test_cotangents_under_vmap_in_a_while_loop():
-    x, cotangents = jnp.asarray(np.random.default_rng(3).normal(size=(1, 7, 7, 2)), jnp.float32), jnp.arange(1.0, 55.0)
+    x, cotangents = (
+        jnp.asarray(np.random.default_rng(3).normal(size=(1, 7, 7, 2)), jnp.float32),
+        jnp.arange(1.0, 55.0),
+    )
     cotangents = cotangents.reshape(3, 1, 3, 3, 2)
 
     def step(x):
         pull_back = jax.vjp(lambda x: max_pool(x, 3, 2), x)[1]
-        return x - 0.01 * jax.vmap(lambda cotangent: pull_back(cotangent)[0])(cotangents).sum(axis=0)
+        return x - 0.01 * jax.vmap(lambda cotangent: pull_back(cotangent)[0])(cotangents).sum(
+            axis=0
+        )
 
-    looped = jax.jit(lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, step(c[1])), (0, x))[1])(x)
+    looped = jax.jit(
+        lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, step(c[1])), (0, x))[1]
+    )(x)
     expected = np.asarray(x)
     for _ in range(3):
         total = np.asarray(cotangents.sum(axis=0))
@@ -190,7 +228,10 @@ def test_cotangents_under_vmap_in_a_while_loop():
 def test_avg_pool_is_the_mean_of_each_patch():
     x = jnp.arange(1.0, 17.0).reshape(1, 2, 4, 2) ** 2
     expected = [
-        [[(1 + 9 + 81 + 121) / 4, (4 + 16 + 100 + 144) / 4], [(25 + 49 + 169 + 225) / 4, (36 + 64 + 196 + 256) / 4]]
+        [
+            [(1 + 9 + 81 + 121) / 4, (4 + 16 + 100 + 144) / 4],
+            [(25 + 49 + 169 + 225) / 4, (36 + 64 + 196 + 256) / 4],
+        ]
     ]
     np.testing.assert_allclose(avg_pool(x, 2)[0], expected)
     gradient = jax.jit(jax.grad(lambda x: avg_pool(x, 2)[0, 0, 1, 0]))(x)

@@ -1,4 +1,6 @@
-"""PyTorch's weights in Flax's order. That whole nets then compute the authors' logits is in test_models.py."""
+"""PyTorch's weights in Flax's order. That whole nets then compute the authors' logits is in
+test_models.py.
+"""
 
 import pathlib
 
@@ -15,14 +17,26 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 def golden_state_dict(name):
     with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+        return {
+            key.removeprefix("param/"): arrays[key]
+            for key in arrays.files
+            if key.startswith("param/")
+        }
 
 
 def lenet_state_dict(num_classes=10, dtype=np.float32):
-    shapes = {"conv1": (20, 1, 5, 5), "conv2": (50, 20, 5, 5), "fc1": (500, 800), "fc2": (num_classes, 500)}
+    shapes = {
+        "conv1": (20, 1, 5, 5),
+        "conv2": (50, 20, 5, 5),
+        "fc1": (500, 800),
+        "fc2": (num_classes, 500),
+    }
     entries = {f"{layer}.weight": shape for layer, shape in shapes.items()}
     entries |= {f"{layer}.bias": shape[:1] for layer, shape in shapes.items()}
-    return {entry: np.arange(np.prod(shape), dtype=dtype).reshape(shape) for entry, shape in entries.items()}
+    return {
+        entry: np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+        for entry, shape in entries.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet", "convnet", "nin"])
@@ -52,7 +66,10 @@ def test_the_dtype_is_kept(dtype):
 
 def test_jax_arrays_will_do():
     state_dict = lenet_state_dict()
-    params, same = from_torch("lenet", state_dict), from_torch("lenet", jax.tree.map(jnp.asarray, state_dict))
+    params, same = (
+        from_torch("lenet", state_dict),
+        from_torch("lenet", jax.tree.map(jnp.asarray, state_dict)),
+    )
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
@@ -75,13 +92,18 @@ def test_one_error_lists_all_that_does_not_fit():
     with pytest.raises(ValueError) as caught:
         from_torch("lenet", state_dict)
     message = str(caught.value)
-    missing, unknown, misshaped = (message.index(word) for word in ("missing:", "unknown:", "of another shape:"))
+    missing, unknown, misshaped = (
+        message.index(word) for word in ("missing:", "unknown:", "of another shape:")
+    )
     assert message.startswith("These arrays are not the weights of 'lenet'")
     for entry in ("conv1.bias (20,)", "fc1.bias (500,)"):
         assert missing < message.index(entry) < unknown
     for entry in ("fc3.weight (2, 2)", "conv3.bias (4,)"):
         assert unknown < message.index(entry) < misshaped
-    for entry in ("conv2.weight (50, 20, 3, 3) instead of (50, 20, 5, 5)", "fc2.bias (10,) instead of (7,)"):
+    for entry in (
+        "conv2.weight (50, 20, 3, 3) instead of (50, 20, 5, 5)",
+        "fc2.bias (10,) instead of (7,)",
+    ):
         assert misshaped < message.index(entry)
     assert "fc2.weight" not in message and "conv2.bias" not in message
 

@@ -7,7 +7,8 @@ import pathlib
 import jax
 import pytest
 
-from dd_jax import configuration, experiment, published, reports
+from dd_jax.experiment import build, configuration
+from dd_jax.results import published, reports
 
 ROOT = pathlib.Path(__file__).parent.parent
 BEFORE = {
@@ -19,16 +20,20 @@ BEFORE = {
     "deepfool_steps": 2.5,
 }
 AFTER = BEFORE | {"accuracy": 0.9912, "rho_l2": 0.34567, "l2": 2.3456, "deepfool_success": 1.0}
-MEASURED = {experiment.REFERENCE: BEFORE, experiment.DEFENDED: AFTER}
+MEASURED = {build.REFERENCE: BEFORE, build.DEFENDED: AFTER}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        overrides = ["--config.data.train_limit=200", "--config.data.test_limit=50", "--config.seed=17"]
+        overrides = [
+            "--config.data.train_limit=200",
+            "--config.data.test_limit=50",
+            "--config.seed=17",
+        ]
         config = configuration.read(str(ROOT / "configs/digits_mlp.py"), overrides)
-    return experiment.build(config, tmp_path_factory.mktemp("run"))
+    return build.build(config, tmp_path_factory.mktemp("run"))
 
 
 def on(parts, **names):
@@ -40,14 +45,18 @@ def on(parts, **names):
 
 
 def looked_up(data, model, method, **options):
-    return published.lookup(data, model, method, **{"input_space": published.INPUT_SPACES[data, model], **options})
+    return published.lookup(
+        data, model, method, **{"input_space": published.INPUT_SPACES[data, model], **options}
+    )
 
 
 def test_a_report_says_what_was_measured_and_with_what(parts):
     report = reports.make_report(parts, MEASURED)
     assert report["measured"] == MEASURED and report["published"] == {}
     assert (report["model"], report["defense"], report["seed"]) == ("mlp", "deep_defense", 17)
-    assert report["data"].startswith("digits (scikit-learn, 8x8x1 enlarged to 28x28x1; first 200 of 1437 train images;")
+    assert report["data"].startswith(
+        "digits (scikit-learn, 8x8x1 enlarged to 28x28x1; first 200 of 1437 train images;"
+    )
     assert report["input_space"] == "none (pixels as they are; 0..255 becomes 0..1)"
     assert report["config"]["fine_tuning.batch_size"] == parts.config.fine_tuning.batch_size
     assert report["config"] == configuration.flatten(parts.config)
@@ -58,30 +67,32 @@ def test_a_report_says_what_was_measured_and_with_what(parts):
 
 def test_the_papers_figures_stand_beside(parts):
     report = reports.make_report(on(parts, data="mnist", model="lenet"), MEASURED)
-    assert report["published"]["reference"] == published.TABLE["mnist", "lenet"]["reference"]._asdict()
+    assert (
+        report["published"]["reference"] == published.TABLE["mnist", "lenet"]["reference"]._asdict()
+    )
     assert report["published"]["deep_defense"]["l2_deepfool"] == 2.05
     assert set(report["published"]) == {"reference", "deep_defense"}
     clean = reports.make_report(on(parts, data="mnist", model="lenet", defense="clean"), MEASURED)
     assert set(clean["published"]) == {"reference"}
     assert published.lookup("mnist", "nin", "reference", input_space="none") is None
-    assert looked_up("cifar10", "nin", "deep_defense").rho_linf_fgs == 2.15e-2
+    assert looked_up("cifar10", "nin", "deep_defense").rho_linf_fgsm == 2.15e-2
 
 
 def test_the_papers_figures_stand_only_beside_what_compares_with_them(parts):
     """Sizes in another input space, or PGD of another epsilon, do not."""
     config = on(parts, data="mnist", model="lenet").config
-    assert experiment.paper_row(config, "deep_defense").accuracy_pgd == 0.6454
+    assert build.paper_row(config, "deep_defense").accuracy_pgd == 0.6454
     config.evaluation.pgd_epsilon = 0.2
-    assert experiment.paper_row(config, "deep_defense").accuracy_pgd is None
+    assert build.paper_row(config, "deep_defense").accuracy_pgd is None
     config.data.preprocessing = "none"
-    assert experiment.paper_row(config, "deep_defense") is None
+    assert build.paper_row(config, "deep_defense") is None
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("[!_d]*.py")])
 def test_configurations_measure_what_the_paper_measures(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     config = configuration.read(str(ROOT / "configs" / f"{name}.py"))
-    row = experiment.paper_row(config, "deep_defense")
+    row = build.paper_row(config, "deep_defense")
     assert row == published.TABLE[config.data.name, config.model.name]["deep_defense"]
 
 
@@ -142,8 +153,14 @@ def test_the_table_has_both_rows_and_the_papers_figures_in_brackets(parts):
     assert lines[0].split() == ["accuracy", "rho_2", "l_2", "DeepFool", "success"]
     assert lines[1].split() == ["reference", "98.31%", "0.1532", "1.088", "(0.810)", "87.50%"]
     assert lines[2].split() == ["deep_defense", "99.12%", "0.3457", "2.346", "(1.640)", "100.00%"]
-    assert {len(line) for line in lines[:3]} == {len(lines[0])} and lines[3] == "(in brackets: the paper's)"
-    assert lines[4].startswith("50 test images of digits (") and lines[4].endswith("seed 17") and len(lines) == 5
+    assert {len(line) for line in lines[:3]} == {len(lines[0])} and lines[
+        3
+    ] == "(in brackets: the paper's)"
+    assert (
+        lines[4].startswith("50 test images of digits (")
+        and lines[4].endswith("seed 17")
+        and len(lines) == 5
+    )
     assert "inputs: none (pixels as they are" in lines[4]
     assert "brackets" not in reports.table(reports.make_report(parts, MEASURED))
 
@@ -157,16 +174,25 @@ def test_fewer_images_for_the_slow_attack_are_said(parts):
 
 def test_a_report_is_read_back_and_what_is_none_is_none(parts, tmp_path):
     assert reports.read(tmp_path) is None and reports.read(tmp_path / "nowhere") is None
-    reports.write(report := reports.make_report(parts, MEASURED, names=("deepfool", "pgd")), tmp_path)
-    assert reports.read(tmp_path) == report and (report["names"], report["limit"]) == (["deepfool", "pgd"], None)
+    reports.write(
+        report := reports.make_report(parts, MEASURED, names=("deepfool", "pgd")), tmp_path
+    )
+    assert reports.read(tmp_path) == report and (report["names"], report["limit"]) == (
+        ["deepfool", "pgd"],
+        None,
+    )
     for damaged in ("{", "[]", '{"names": []}'):
         (tmp_path / "report.json").write_text(damaged)
         assert reports.read(tmp_path) is None
 
 
-def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stands_apart(parts, tmp_path):
+def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stands_apart(
+    parts, tmp_path
+):
     reports.write(reports.make_report(parts, MEASURED, names=("deepfool",)), tmp_path)
-    more = {stage: {"num_examples": 50, "accuracy": 0.5, "accuracy_pgd": 0.25} for stage in MEASURED}
+    more = {
+        stage: {"num_examples": 50, "accuracy": 0.5, "accuracy_pgd": 0.25} for stage in MEASURED
+    }
     reports.write(reports.make_report(parts, more, names=("pgd",)), tmp_path)
     fewer = reports.make_report(parts, more, names=("pgd",), limit=7)
     path = reports.write(fewer, tmp_path)
@@ -176,14 +202,18 @@ def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stand
     assert both["names"] == ["deepfool", "pgd"] and both["limit"] is None
     config = parts.config.copy_and_resolve_references()
     config.evaluation.num_steps = 3  # Measured otherwise: nothing is kept.
-    reports.write(reports.make_report(parts._replace(config=config), more, names=("pgd",)), tmp_path)
+    reports.write(
+        reports.make_report(parts._replace(config=config), more, names=("pgd",)), tmp_path
+    )
     assert reports.read(tmp_path)["measured"] == more
 
 
 def test_seeds_and_pgd_s_epsilon_are_said(parts):
     measured = {stage: row | {"accuracy_pgd": 0.5} for stage, row in MEASURED.items()}
     first = reports.make_report(parts, measured)
-    assert reports.conditions(first, first | {"seed": 3}).endswith("; PGD: linf, epsilon 0.1, 40 steps; seeds 3, 17")
+    assert reports.conditions(first, first | {"seed": 3}).endswith(
+        "; PGD: linf, epsilon 0.1, 40 steps; seeds 3, 17"
+    )
 
 
 def test_a_report_is_written_whole_and_replaces_the_old_one(parts, tmp_path):

@@ -1,4 +1,6 @@
-"""train.py and evaluate.py as they are run: what they leave and print, and one sentence for what the user can mend."""
+"""train.py and evaluate.py as they are run: what they leave and print, and one sentence for what
+the user can mend.
+"""
 
 import contextlib
 import io
@@ -12,7 +14,8 @@ import sys
 import numpy as np
 import pytest
 
-from dd_jax import command_line, data, runs
+from dd_jax import data
+from dd_jax.experiment import command_line, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs/digits_mlp.py"
@@ -42,12 +45,17 @@ def at_the_root():
 
 
 def run(script, *arguments):
-    """Runs a script in this process as a shell would; returns its exit code, and what it says on stdout and stderr.
+    """Runs a script in this process as a shell would; returns its exit code, and what it says on
+    stdout and stderr.
 
     Progress bars are left out of the latter.
     """
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         try:
             code = command_line.run(__import__(script).main) or 0
@@ -93,9 +101,14 @@ def test_training_leaves_everything_in_the_run_directory(finished):
         "checkpoints/reference/12",
     ]
     config = json.loads((workdir / "config.json").read_text())
-    assert config["reference"]["num_epochs"] == 3 and config["model"] == {"name": "mlp", "compute_dtype": "float32"}
+    assert config["reference"]["num_epochs"] == 3 and config["model"] == {
+        "name": "mlp",
+        "compute_dtype": "float32",
+    }
     steps = [
-        json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines() if "loss" in line
+        json.loads(line)["step"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
     ]
     assert steps == [*range(1, 13), *range(1, 9)]  # A short training logs every step.
 
@@ -109,9 +122,13 @@ def test_training_prints_the_table_of_the_report(finished):
     for name, stage in (("reference", "reference"), ("deep_defense", "defended")):
         figures = report["measured"][stage]
         shown = [f"{figures['accuracy']:.2%}", f"{figures['rho_l2']:.4f}", f"{figures['l2']:.3f}"]
-        assert [name, *shown, f"{figures['deepfool_success']:.2%}"] in [line.split() for line in lines]
+        assert [name, *shown, f"{figures['deepfool_success']:.2%}"] in [
+            line.split() for line in lines
+        ]
         assert figures["num_examples"] == 45
-    assert report["measured"]["defended"]["rho_l2"] > 1.1 * report["measured"]["reference"]["rho_l2"]
+    assert (
+        report["measured"]["defended"]["rho_l2"] > 1.1 * report["measured"]["reference"]["rho_l2"]
+    )
 
 
 def test_the_same_command_again_changes_nothing(finished):
@@ -128,13 +145,23 @@ def test_evaluating_measures_the_same_again_wherever_the_run_lies(finished, tmp_
     before = contents(moved)
     code, out, err = run("evaluate", "--workdir", moved, "--measure", "deepfool")
     assert (code, err) == (0, "")
-    assert json.loads((moved / "report.json").read_text()) == json.loads((workdir / "report.json").read_text())
+    assert json.loads((moved / "report.json").read_text()) == json.loads(
+        (workdir / "report.json").read_text()
+    )
     plots = moved / "plots"
-    assert out.splitlines()[-1] == f"written to {moved / 'report.json'} and {plots}" and "deep_defense" in out
+    assert (
+        out.splitlines()[-1] == f"written to {moved / 'report.json'} and {plots}"
+        and "deep_defense" in out
+    )
     after = contents(moved)
-    assert {path for path in after if plots in path.parents} == {plots / "single_run.png", plots / "single_run.pdf"}
+    assert {path for path in after if plots in path.parents} == {
+        plots / "single_run.png",
+        plots / "single_run.pdf",
+    }
     unchanged = before | {moved / "report.json": (workdir / "report.json").read_bytes()}
-    assert {path: held for path, held in after.items() if path != plots and plots not in path.parents} == unchanged
+    assert {
+        path: held for path, held in after.items() if path != plots and plots not in path.parents
+    } == unchanged
 
 
 def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, monkeypatch):
@@ -151,7 +178,9 @@ def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, mo
 
 
 def refused(directory, script, *arguments):
-    """The one sentence on stderr; the exit code is 1, nothing is printed and nothing in the directory is touched."""
+    """The one sentence on stderr; the exit code is 1, nothing is printed and nothing in the
+    directory is touched.
+    """
     before = contents(directory)
     code, out, err = run(script, *arguments)
     assert code == 1 and err.startswith("error: ") and "\n" not in err, err
@@ -164,11 +193,14 @@ def refused(directory, script, *arguments):
     {
         "defense.nope=1": "There is no field 'defense.nope' in the configuration; did you mean ",
         "reference.batch_size=abc": "reference.batch_size is 'abc'; it must be a whole number",
-        "defense.name=clean": "The defense 'clean' does not take defense.num_steps (which is for adversarial_deepfool, ",
+        "defense.name=clean": "The defense 'clean' does not take defense.num_steps (which is for "
+        "adversarial_deepfool, ",
         "seed=1.5": "seed is '1.5'; it must be a whole number",
         "model.name=vgg": "model.name is 'vgg'; it must be one of mlp, ",
-        "fine_tuning.batch_size=201": "fine_tuning.batch_size is 201, but there are only 200 training examples",
-        "reference.source=runs/nope": "reference.source is 'runs/nope'; it must be a run directory or a file of weights",
+        "fine_tuning.batch_size=201": "fine_tuning.batch_size is 201, but there are only 200 "
+        "training examples",
+        "reference.source=runs/nope": "reference.source is 'runs/nope'; it must be a run directory "
+        "or a file of weights",
     }.items(),
 )
 def test_a_wrong_configuration_costs_one_sentence_and_makes_nothing(tmp_path, change, said):
@@ -181,34 +213,55 @@ def test_a_wrong_file_or_flag_costs_one_sentence_and_makes_nothing(tmp_path):
     assert "no configuration file configs/nope.py" in refused(
         tmp_path, "train", "--config", "configs/nope.py", *workdir
     )
-    assert "'--workdr'" in refused(tmp_path, "train", "--config", CONFIG, "--workdr", tmp_path / "run")
-    assert "'--configs.seed=1'" in refused(tmp_path, "train", "--config", CONFIG, *workdir, "--configs.seed=1")
+    assert "'--workdr'" in refused(
+        tmp_path, "train", "--config", CONFIG, "--workdr", tmp_path / "run"
+    )
+    assert "'--configs.seed=1'" in refused(
+        tmp_path, "train", "--config", CONFIG, *workdir, "--configs.seed=1"
+    )
     for arguments in ((), ("--workdir",), ("--config",)):
         code, _, err = run("train", *arguments)
         assert code == 2 and "train.py: error: " in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_missing_data_costs_one_sentence_and_makes_nothing(tmp_path):
-    arguments = ("--config", "configs/mnist_mlp.py", "--workdir", tmp_path / "run", "--data_dir", "/nonexistent")
+    arguments = (
+        "--config",
+        "configs/mnist_mlp.py",
+        "--workdir",
+        tmp_path / "run",
+        "--data_dir",
+        "/nonexistent",
+    )
     message = refused(tmp_path, "train", *arguments)
     assert (
-        "mnist is not in /nonexistent" in message and "python -m dd_jax.data mnist --data_dir /nonexistent" in message
+        "mnist is not in /nonexistent" in message
+        and "python -m dd_jax.data mnist --data_dir /nonexistent" in message
     )
 
 
 def test_a_directory_of_something_else_is_left_alone(finished, tmp_path):
     workdir, _ = finished
-    theirs = refused(workdir, "train", "--config", CONFIG, "--workdir", workdir, *overrides("seed=5"))
+    theirs = refused(
+        workdir, "train", "--config", CONFIG, "--workdir", workdir, *overrides("seed=5")
+    )
     assert "belongs to another configuration: seed (0 there, 5 here)" in theirs
-    other_shape = shutil.copytree(workdir, tmp_path / "run")  # Of images that the preprocessing there does not take.
-    data.fit("mean_image", np.zeros((1, 28, 28, 1), np.uint8)).save(other_shape / "preprocessing.npz")
+    # Of images that the preprocessing there does not take.
+    other_shape = shutil.copytree(workdir, tmp_path / "run")
+    data.fit("mean_image", np.zeros((1, 28, 28, 1), np.uint8)).save(
+        other_shape / "preprocessing.npz"
+    )
     arguments = ("--config", CONFIG, "--workdir", other_shape, *overrides("model.name=convnet"))
     assert "model.name ('mlp' there, 'convnet' here)" in refused(tmp_path, "train", *arguments)
     (tmp_path / "file").write_text("precious")
     for directory in (tmp_path, tmp_path / "file"):
-        message = refused(tmp_path, "train", "--config", CONFIG, "--workdir", directory, *overrides())
+        message = refused(
+            tmp_path, "train", "--config", CONFIG, "--workdir", directory, *overrides()
+        )
         assert "is not a run directory" in message
-    assert "cannot be made" in refused(tmp_path, "train", "--config", CONFIG, "--workdir", tmp_path / "file/run")
+    assert "cannot be made" in refused(
+        tmp_path, "train", "--config", CONFIG, "--workdir", tmp_path / "file/run"
+    )
 
 
 def test_evaluating_what_is_no_finished_run_costs_one_sentence(finished, tmp_path):
@@ -218,21 +271,36 @@ def test_evaluating_what_is_no_finished_run_costs_one_sentence(finished, tmp_pat
     run_directory = shutil.copytree(finished[0], tmp_path / "run")
     (run_directory / "report.json").unlink()
     journal = (run_directory / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for lines, stage in ((journal[:-1], "defended"), (journal[:1], "reference")):  # As they were on the way.
+    # As they were on the way.
+    for lines, stage in ((journal[:-1], "defended"), (journal[:1], "reference")):
         (run_directory / "metrics.jsonl").write_text("".join(lines))
         message = refused(tmp_path, "evaluate", "--workdir", run_directory)
-        assert f"{run_directory} has no finished {stage} net; let train.py go on to its end." in message
+        assert (
+            f"{run_directory} has no finished {stage} net; let train.py go on to its end."
+            in message
+        )
     (run_directory / "metrics.jsonl").write_text("".join(journal))
     shutil.rmtree(run_directory / "checkpoints/defended")
     assert "There is no checkpoint in " in refused(tmp_path, "evaluate", "--workdir", run_directory)
 
 
 def test_a_training_that_diverges_names_the_steps_and_saves_nothing_of_them(tmp_path):
-    arguments = ("--config", CONFIG, "--workdir", tmp_path, *overrides("reference.learning_rate=1e30"))
+    arguments = (
+        "--config",
+        CONFIG,
+        "--workdir",
+        tmp_path,
+        *overrides("reference.learning_rate=1e30"),
+    )
     for _ in range(2):  # Again from the start: no checkpoint holds what diverged.
         code, _, err = run("train", *arguments)
-        assert code == 1 and re.match(r"error: The loss is not finite between steps \d and \d: lower the learning", err)
-        assert not list(tmp_path.glob("checkpoints/*/*")) and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+        assert code == 1 and re.match(
+            r"error: The loss is not finite between steps \d and \d: lower the learning", err
+        )
+        assert (
+            not list(tmp_path.glob("checkpoints/*/*"))
+            and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+        )
 
 
 def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
@@ -245,7 +313,10 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_help_is_the_docstring():
-    for script, said in (("train", "--config configs/digits_mlp.py"), ("evaluate", "--workdir runs/digits_mlp")):
+    for script, said in (
+        ("train", "--config configs/digits_mlp.py"),
+        ("evaluate", "--workdir runs/digits_mlp"),
+    ):
         code, out, _ = run(script, "--help")
         assert code == 0 and f"python {script}.py {said}" in out
 
@@ -253,11 +324,15 @@ def test_help_is_the_docstring():
 @pytest.mark.parametrize(
     "command, said",
     {
-        "train.py --config configs/nope.py": "error: There is no configuration file configs/nope.py; there are ",
-        "evaluate.py --workdir nowhere": "error: nowhere is not a run directory: it has no config.json",
+        "train.py --config configs/nope.py": "error: There is no configuration file "
+        "configs/nope.py; there are ",
+        "evaluate.py --workdir nowhere": "error: nowhere is not a run directory: it has no "
+        "config.json",
     }.items(),
 )
 def test_in_a_shell(command, said):
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(said) and done.stderr.count("\n") == 1

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from dd_jax import configuration, sweeps
-from dd_jax.configuration import ConfigurationError
-from dd_jax.sweeps import SOURCE
+from dd_jax.experiment import configuration, sweeps
+from dd_jax.experiment.configuration import ConfigurationError
+from dd_jax.experiment.sweeps import SOURCE
 
 ROOT = pathlib.Path(__file__).parent.parent
 HERE = pathlib.Path("runs/six")
@@ -18,26 +18,49 @@ def test_the_first_run_trains_the_reference_and_the_others_start_from_it():
         ("clean", ("--config.seed=1", "--config.defense.name=clean")),
         (
             "parseval",
-            ("--config.seed=1", "--config.defense.name=parseval", "--config.reference.source=runs/six/clean"),
+            (
+                "--config.seed=1",
+                "--config.defense.name=parseval",
+                "--config.reference.source=runs/six/clean",
+            ),
         ),
     ]
 
 
 def test_several_fields_give_all_combinations():
-    names = [run.name for run in sweeps.expand(["defense.name=a,b", "defense.correct_scale=5,10"], [], HERE)]
-    assert names == ["a,correct_scale=5", "a,correct_scale=10", "b,correct_scale=5", "b,correct_scale=10"]
+    names = [
+        run.name
+        for run in sweeps.expand(["defense.name=a,b", "defense.correct_scale=5,10"], [], HERE)
+    ]
+    assert names == [
+        "a,correct_scale=5",
+        "a,correct_scale=10",
+        "b,correct_scale=5",
+        "b,correct_scale=10",
+    ]
 
 
 def runs_of(sweeps_, overrides=()):
-    """From the names of the runs to their own overrides, without the beginning that all have in common."""
+    """From the names of the runs to their own overrides, without the beginning that all have in
+    common.
+    """
     runs = sweeps.expand(sweeps_, [f"--config.{override}" for override in overrides], HERE)
-    return {run.name: [o.removeprefix("--config.") for o in run.overrides if SOURCE not in o] for run in runs}
+    return {
+        run.name: [o.removeprefix("--config.") for o in run.overrides if SOURCE not in o]
+        for run in runs
+    }
 
 
 def test_an_option_is_for_the_defenses_of_the_sweep_that_take_it():
-    overrides = ["seed=1", "defense.num_steps=3", "seed=2", "defense.beta=0.1", "defense.classes_at_once=3"]
+    overrides = [
+        "seed=1",
+        "defense.num_steps=3",
+        "seed=2",
+        "defense.beta=0.1",
+        "defense.class_chunk_size=3",
+    ]
     assert runs_of(["defense.name=clean,deep_defense,parseval"], overrides) == {
-        "clean": ["seed=1", "seed=2", "defense.classes_at_once=3", "defense.name=clean"],
+        "clean": ["seed=1", "seed=2", "defense.class_chunk_size=3", "defense.name=clean"],
         "deep_defense": [*overrides[:3], overrides[4], "defense.name=deep_defense"],
         "parseval": ["seed=1", "seed=2", *overrides[3:], "defense.name=parseval"],
     }
@@ -49,7 +72,8 @@ def test_a_defense_without_the_swept_option_is_trained_once():
         "deep_defense,correct_scale=5": ["defense.name=deep_defense", "defense.correct_scale=5"],
         "deep_defense,correct_scale=10": ["defense.name=deep_defense", "defense.correct_scale=10"],
     }
-    both = ["defense.epsilon=0.1,0.2", "defense.name=adversarial_fgsm,deep_defense_fgsm"]  # Figure 6's.
+    # Figure 6's.
+    both = ["defense.epsilon=0.1,0.2", "defense.name=adversarial_fgsm,deep_defense_fgsm"]
     assert list(runs_of(both)) == [
         "epsilon=0.1,adversarial_fgsm",
         "epsilon=0.1,deep_defense_fgsm",
@@ -59,7 +83,9 @@ def test_a_defense_without_the_swept_option_is_trained_once():
 
 
 @pytest.mark.parametrize("defense", ["clean", "deep_defense"])
-def test_what_no_defense_of_the_sweep_takes_is_left_for_the_configuration_to_refuse(defense, monkeypatch):
+def test_what_no_defense_of_the_sweep_takes_is_left_for_the_configuration_to_refuse(
+    defense, monkeypatch
+):
     monkeypatch.syspath_prepend(ROOT)
     for sweep, overrides in (
         (["defense.name=clean,deep_defense"], ["--config.defense.beta=0.1"]),
@@ -68,17 +94,25 @@ def test_what_no_defense_of_the_sweep_takes_is_left_for_the_configuration_to_ref
         (["defense.beta=0.1,0.2"], [f"--config.defense.name={defense}"]),
     ):
         for run in sweeps.expand(sweep, overrides, HERE):
-            with pytest.raises(ConfigurationError, match=r"does not take defense\.beta \(which is for parseval\)"):
+            with pytest.raises(
+                ConfigurationError, match=r"does not take defense\.beta \(which is for parseval\)"
+            ):
                 configuration.read(str(ROOT / "configs/digits_mlp.py"), run.overrides)
 
 
 def test_two_values_that_would_share_a_directory_stay_two_runs():
     names = [run.name for run in sweeps.expand(["data.dir=a/b,a_b"], [], HERE)]
-    assert names == ["dir=a_b", "dir=a_b"]  # The second is refused: the directory is the first one's.
+    # The second is refused: the directory is the first one's.
+    assert names == ["dir=a_b", "dir=a_b"]
 
 
 @pytest.mark.parametrize(
-    "sweep, override", [("seed=0,1", ""), ("data.train_limit=5,6", ""), ("defense.name=a,b", "reference.source=runs/x")]
+    "sweep, override",
+    [
+        ("seed=0,1", ""),
+        ("data.train_limit=5,6", ""),
+        ("defense.name=a,b", "reference.source=runs/x"),
+    ],
 )
 def test_references_are_not_shared_where_they_differ_or_are_given(sweep, override):
     runs = sweeps.expand([sweep], [f"--config.{override}"] if override else [], HERE)
@@ -87,7 +121,9 @@ def test_references_are_not_shared_where_they_differ_or_are_given(sweep, overrid
 
 @pytest.mark.parametrize("sweep", ["defense.name", "=1,2", "seed=", "seed=1,,2", "seed=1,1"])
 def test_what_is_no_sweep_costs_one_sentence(sweep):
-    with pytest.raises(ConfigurationError, match=r"is not understood; it looks like --sweep .*each value once\.$"):
+    with pytest.raises(
+        ConfigurationError, match=r"is not understood; it looks like --sweep .*each value once\.$"
+    ):
         sweeps.expand([sweep], [], HERE)
 
 

@@ -2,13 +2,24 @@
 
 import pytest
 
-from dd_jax import tensorboard
+from dd_jax import log
 
-LINE = {"stage": "defended", "step": 3, "epoch": 0.5, "loss": 2.0, "test": {"accuracy": 0.75, "num_examples": 4}}
+LINE = {
+    "stage": "defended",
+    "step": 3,
+    "epoch": 0.5,
+    "loss": 2.0,
+    "test": {"accuracy": 0.75, "num_examples": 4},
+}
 
 
 def test_a_line_s_numbers_have_their_place():
-    assert dict(tensorboard.numbers(LINE)) == {"epoch": 0.5, "loss": 2.0, "test/accuracy": 0.75, "test/num_examples": 4}
+    assert dict(log.numbers(LINE)) == {
+        "epoch": 0.5,
+        "loss": 2.0,
+        "test/accuracy": 0.75,
+        "test/num_examples": 4,
+    }
 
 
 def test_curves_are_written_at_their_steps(tmp_path):
@@ -16,7 +27,7 @@ def test_curves_are_written_at_their_steps(tmp_path):
     from tensorboardX.proto import event_pb2
 
     for first_step, loss in ((0, 2.0), (2, 1.0)):
-        with tensorboard.open_curves(tmp_path, first_step) as add:
+        with log.open_curves(tmp_path, first_step) as add:
             add(LINE | {"step": first_step + 1, "loss": loss})
     found, starts = [], []
     for path in sorted(tmp_path.glob("events*")):
@@ -33,6 +44,6 @@ def test_curves_are_written_at_their_steps(tmp_path):
 
 
 def test_without_the_package_that_is_said(monkeypatch):
-    assert isinstance(tensorboard.is_installed(), bool)
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
-    assert not tensorboard.is_installed()
+    assert isinstance(log.is_installed(), bool)
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    assert not log.is_installed()

@@ -23,7 +23,16 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from test_pretrained import GOLDEN, lenet_state_dict
 
 from dd_jax import models, pretrained
-from dd_jax.pretrained import WeightsError, __main__, caffe, errors, files, layouts, matconvnet, torch_zip
+from dd_jax.pretrained import (
+    WeightsError,
+    __main__,
+    caffe,
+    errors,
+    files,
+    layouts,
+    matconvnet,
+    torch_zip,
+)
 
 LENET = lenet_state_dict(num_classes=2)
 
@@ -61,12 +70,16 @@ def torchs_names():
 
 
 def write_pth(path, contents, compression=zipfile.ZIP_STORED):
-    """Writes what torch.save would; arrays in `contents` become tensors, each with a storage of its own."""
+    """Writes what torch.save would; arrays in `contents` become tensors, each with a storage of its
+    own.
+    """
     storages = []
 
     def tensor(array):
         storages.append(Storage(str(len(storages)), array.reshape(-1)))
-        strides = tuple(stride // array.itemsize for stride in np.empty(array.shape, array.dtype).strides)
+        strides = tuple(
+            stride // array.itemsize for stride in np.empty(array.shape, array.dtype).strides
+        )
         return Tensor(storages[-1], 0, array.shape, strides)
 
     class Pickler(pickle.Pickler):
@@ -80,7 +93,9 @@ def write_pth(path, contents, compression=zipfile.ZIP_STORED):
 
     with torchs_names() as torch:
         file = io.BytesIO()
-        Pickler(file, protocol=2).dump(jax.tree.map(lambda x: tensor(x) if isinstance(x, np.ndarray) else x, contents))
+        Pickler(file, protocol=2).dump(
+            jax.tree.map(lambda x: tensor(x) if isinstance(x, np.ndarray) else x, contents)
+        )
     entries = {"data.pkl": file.getvalue()} | {f"data/{s.key}": s.array.tobytes() for s in storages}
     return write_archive(path, entries, compression)
 
@@ -104,7 +119,9 @@ def expect_lenet(variables, dtype=np.float32):
 
 def test_a_file_of_pytorchs_own_gives_every_dtype_stride_and_offset():
     arrays = torch_zip.read(GOLDEN / "torch_tensors.pth")
-    assert set(arrays) == set(make_torch_files.CONTENTS)  # "module." is gone, and so is the checkpoint around
+    assert set(arrays) == set(
+        make_torch_files.CONTENTS
+    )  # "module." is gone, and so is the checkpoint around
     for name, (value, dtype) in make_torch_files.CONTENTS.items():
         assert arrays[name].dtype.name == dtype and arrays[name].shape == value.shape, name
         np.testing.assert_array_equal(arrays[name].astype(np.float64), value, err_msg=name)
@@ -116,7 +133,11 @@ def test_a_state_dict_is_found_wherever_training_scripts_put_it(tmp_path, nest):
         "plain": lambda weights: weights,
         "prefix": lambda weights: {f"module.net.{name}": array for name, array in weights.items()},
     }
-    contents = wrap[nest](LENET) if nest in wrap else {"epoch": 7, nest: LENET, "optimizer": {"lr": [0.1, None]}}
+    contents = (
+        wrap[nest](LENET)
+        if nest in wrap
+        else {"epoch": 7, nest: LENET, "optimizer": {"lr": [0.1, None]}}
+    )
     expect_lenet(pretrained.load(write_pth(tmp_path / "net.pth", contents), "lenet"))
 
 
@@ -151,11 +172,15 @@ class Call:
     ],
     ids=["system", "eval", "open", "getattr", "namespace", "numpy"],
 )
-def test_a_pickle_that_would_call_something_is_refused_and_nothing_runs(tmp_path, function, arguments, named):
+def test_a_pickle_that_would_call_something_is_refused_and_nothing_runs(
+    tmp_path, function, arguments, named
+):
     marker = tmp_path / "it_ran"
     call = Call(function, *(argument.format(marker=marker) for argument in arguments))
     for contents in (call, {"state_dict": {**LENET, "conv1.weight": call}}):
-        with pytest.raises(WeightsError, match=f"net.pth is refused: it asks for .*({named}), and only tensors"):
+        with pytest.raises(
+            WeightsError, match=f"net.pth is refused: it asks for .*({named}), and only tensors"
+        ):
             pretrained.load(write_pth(tmp_path / "net.pth", contents), "lenet")
         assert not marker.exists()
 
@@ -163,11 +188,14 @@ def test_a_pickle_that_would_call_something_is_refused_and_nothing_runs(tmp_path
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x04\x8c\x0ctorch._utils\x8c\x27_rebuild_tensor_v2.__globals__.__getitem__\x93.",  # reaching through a name
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00functionK\x01s\x86b.",  # changing it
+        # reaching through a name
+        b"\x80\x04\x8c\x0ctorch._utils\x8c\x27_rebuild_tensor_v2.__globals__.__getitem__\x93.",
+        # changing it
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00functionK\x01s\x86b.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",  # making an instance of it
         b"\x80\x02\x82\x01.",  # a registered extension
-        b"\x80\x02(X\x07\x00\x00\x00storageK\x01X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",  # a storage of no type
+        # a storage of no type
+        b"\x80\x02(X\x07\x00\x00\x00storageK\x01X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",
         b"\x80\x02]r\xff\xff\xff\x7f.",  # memo entry 2^31: the C implementation would reserve 16 GB
         b"\x80\x02K\x01.",  # a number
         b"\x80\x02}.",  # nothing
@@ -179,7 +207,8 @@ def test_pickles_that_misuse_what_is_allowed_are_refused(tmp_path, program):
     path = write_archive(tmp_path / "net.pth", {"data.pkl": program, "data/0": b"1234"})
     with pytest.raises(WeightsError, match="net.pth"):
         pretrained.load(path, "lenet")
-    assert layouts.from_torch("lenet", LENET)["conv1"]["kernel"].shape == (5, 5, 1, 20)  # and nothing was changed
+    # and nothing was changed
+    assert layouts.from_torch("lenet", LENET)["conv1"]["kernel"].shape == (5, 5, 1, 20)
 
 
 def test_tensors_stay_within_their_storage_and_storages_within_the_file(tmp_path):
@@ -205,10 +234,18 @@ def test_tensors_stay_within_their_storage_and_storages_within_the_file(tmp_path
 def test_tensors_have_no_more_numbers_than_their_storage_but_may_share_it(tmp_path):
     path, numbers = tmp_path / "net.pth", np.arange(2000, dtype=np.float32)
     shared = Storage("0", numbers)
-    views = {"a": ((40, 50), (50, 1)), "b": ((50, 40), (1, 50)), "c": ((3, 100), (0, 1)), "none": ((0, 5), (5, 1))}
-    arrays = torch_zip.read(write_pth(path, {name: Tensor(shared, 0, *view) for name, view in views.items()}))
+    views = {
+        "a": ((40, 50), (50, 1)),
+        "b": ((50, 40), (1, 50)),
+        "c": ((3, 100), (0, 1)),
+        "none": ((0, 5), (5, 1)),
+    }
+    arrays = torch_zip.read(
+        write_pth(path, {name: Tensor(shared, 0, *view) for name, view in views.items()})
+    )
     np.testing.assert_array_equal(arrays["b"], arrays["a"].T)
-    np.testing.assert_array_equal(arrays["c"], np.broadcast_to(numbers[:100], (3, 100)))  # as Tensor.expand makes it
+    # as Tensor.expand makes it
+    np.testing.assert_array_equal(arrays["c"], np.broadcast_to(numbers[:100], (3, 100)))
     assert arrays["none"].shape == (0, 5)
     for shape, strides, words in (
         ((10**6, 10**6), (0, 0), "claims 1000000000000 numbers of a storage of 2000"),
@@ -219,28 +256,41 @@ def test_tensors_have_no_more_numbers_than_their_storage_but_may_share_it(tmp_pa
         with pytest.raises(WeightsError, match=words):
             torch_zip.read(write_pth(path, {"x": Tensor(shared, 0, shape, strides)}))
     # An empty array may have any number of rows, and does not tell how many classes there are.
-    with pytest.raises(WeightsError, match=r"fc2.weight \(576460752303423488, 0\) instead of \(10, 500\)"):
+    with pytest.raises(
+        WeightsError, match=r"fc2.weight \(576460752303423488, 0\) instead of \(10, 500\)"
+    ):
         layouts.variables_from_torch("lenet", LENET | {"fc2.weight": np.zeros((2**59, 0), np.int8)})
 
 
 def nested_tuple(levels):
-    """The program for a tuple of two that are each the same tuple of two ...: 2^levels to hash or to write out."""
+    """The program for a tuple of two that are each the same tuple of two ...: 2^levels to hash or
+    to write out.
+    """
     return b")q\x00" + b"h\x00\x86q\x00" * levels
 
 
 def test_shared_tuples_are_neither_hashed_nor_written_out(tmp_path):
     nested = nested_tuple(60)
     path, ordered = tmp_path / "net.pth", b"ccollections\nOrderedDict\n"
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    )
     for program, words in (
         (b"}" + nested + b"K\x01s.", "a key of type tuple"),
         (b"}(" + nested + b"K\x01u.", "a key of type tuple"),
         (ordered + b"](" + nested + b"K\x01\x86e\x85R.", "a key of type tuple"),
-        (ordered + b"]" + nested + b"aK\x01K\x02\x86a\x85R.", "a key of type tuple|not made of pairs"),
-        (b"}\x8a\x09" + b"\xff" * 8 + b"\x00K\x01s.", "a key of type int"),  # 2^64 - 1: its hash is that of 7
+        (
+            ordered + b"]" + nested + b"aK\x01K\x02\x86a\x85R.",
+            "a key of type tuple|not made of pairs",
+        ),
+        # 2^64 - 1: its hash is that of 7
+        (b"}\x8a\x09" + b"\xff" * 8 + b"\x00K\x01s.", "a key of type int"),
         (b"(" + nested + b"NNNNtQ.", "it refers to tuple"),
         (storage + nested + b"tQ.", "it refers to storage"),
-        (b"}(" + b"".join(b"J" + bytes([i, 0, 0, 1]) + b")" for i in range(99)) + b"u.", "and 94 more among"),
+        (
+            b"}(" + b"".join(b"J" + bytes([i, 0, 0, 1]) + b")" for i in range(99)) + b"u.",
+            "and 94 more among",
+        ),
         (nested + b".", "holds no state dict"),
     ):
         write_archive(path, {"data.pkl": b"\x80\x02" + program, "data/0": b"1234"})
@@ -256,7 +306,8 @@ def test_shared_tuples_are_neither_hashed_nor_written_out(tmp_path):
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x96" + (3 * 10**9).to_bytes(8, "little"),  # BYTEARRAY8 of 3 GB, which Python's own reserves before it reads
+        # BYTEARRAY8 of 3 GB, which Python's own reserves before it reads
+        b"\x96" + (3 * 10**9).to_bytes(8, "little"),
         b"\x8e" + b"\xff" * 7 + b"\x7f",  # BINBYTES8
         b"\x8d" + b"\xff" * 7 + b"\x7f",  # BINUNICODE8
         b"\x95" + b"\xff" * 7 + b"\x7f",  # FRAME
@@ -286,7 +337,9 @@ def test_entries_of_an_archive_come_to_no_more_than_the_file(tmp_path):
 
 
 def test_what_is_no_tensor_is_named(tmp_path):
-    path = write_pth(tmp_path / "net.pth", {"conv1.weight": np.ones(3, np.float32), "epoch": 3, "best": "yes"})
+    path = write_pth(
+        tmp_path / "net.pth", {"conv1.weight": np.ones(3, np.float32), "epoch": 3, "best": "yes"}
+    )
     with pytest.raises(WeightsError, match="net.pth has best, epoch among its tensors"):
         torch_zip.read(path)
 
@@ -308,7 +361,9 @@ def test_a_damaged_pickle_never_raises_anything_else(tmp_path):
 
 def test_the_old_format_needs_pytorch_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(WeightsError, match=r"torch_tensors_legacy.pth is no zip archive.*'dd_jax\[torch\]'"):
+    with pytest.raises(
+        WeightsError, match=r"torch_tensors_legacy.pth is no zip archive.*'dd_jax\[torch\]'"
+    ):
         files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
 
 
@@ -318,12 +373,18 @@ def test_the_old_format_is_read_by_pytorchs_restricted_loader(monkeypatch):
         untyped_storage = lambda self: types.SimpleNamespace(nbytes=lambda: 12)
 
     calls, one = [], np.ones(3, np.float32).view(Array)
-    load = lambda path, **options: calls.append(options) or {"state_dict": {"module.conv1.weight": one}}
+    load = lambda path, **options: (
+        calls.append(options) or {"state_dict": {"module.conv1.weight": one}}
+    )
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, Tensor=Array))
     arrays = files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
-    assert calls == [{"map_location": "cpu", "weights_only": True}] and list(arrays) == ["conv1.weight"]
+    assert calls == [{"map_location": "cpu", "weights_only": True}] and list(arrays) == [
+        "conv1.weight"
+    ]
     one = np.broadcast_to(np.float32(1), (10**6, 10**6)).view(Array)
-    with pytest.raises(WeightsError, match="legacy.pth has a tensor of more numbers than its storage"):
+    with pytest.raises(
+        WeightsError, match="legacy.pth has a tensor of more numbers than its storage"
+    ):
         files.read(GOLDEN / "torch_tensors_legacy.pth", "lenet")
 
 
@@ -334,14 +395,23 @@ def test_the_old_format_is_read_by_pytorchs_restricted_loader(monkeypatch):
 def caffe_net():
     """protobuf's own NetParameter, of the part of caffe.proto that matters."""
     field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="caffe_part.proto", package="caffe", syntax="proto2")
-    kinds = {"int": field.TYPE_INT64, "text": field.TYPE_STRING, "float": field.TYPE_FLOAT, "double": field.TYPE_DOUBLE}
+    file = descriptor_pb2.FileDescriptorProto(
+        name="caffe_part.proto", package="caffe", syntax="proto2"
+    )
+    kinds = {
+        "int": field.TYPE_INT64,
+        "text": field.TYPE_STRING,
+        "float": field.TYPE_FLOAT,
+        "double": field.TYPE_DOUBLE,
+    }
 
     def message(name, /, **fields):
         made = file.message_type.add(name=name)
         for key, (number, kind) in fields.items():
             repeated, kind = kind.startswith("*"), kind.lstrip("*").rstrip("!")
-            added = made.field.add(name=key, number=number, type=kinds.get(kind, field.TYPE_MESSAGE))
+            added = made.field.add(
+                name=key, number=number, type=kinds.get(kind, field.TYPE_MESSAGE)
+            )
             added.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
             added.options.packed = repeated and kind in kinds and not fields[key][1].endswith("!")
             if kind not in kinds:
@@ -352,7 +422,14 @@ def caffe_net():
         "Blob", num=(1, "int"), channels=(2, "int"), height=(3, "int"), width=(4, "int"),
         data=(5, "*float"), diff=(6, "*float"), shape=(7, "Shape"), double_data=(8, "*double"),
     )  # fmt: skip
-    message("LooseBlob", num=(1, "int"), channels=(2, "int"), height=(3, "int"), width=(4, "int"), data=(5, "*float!"))
+    message(
+        "LooseBlob",
+        num=(1, "int"),
+        channels=(2, "int"),
+        height=(3, "int"),
+        width=(4, "int"),
+        data=(5, "*float!"),
+    )
     message("Layer", name=(1, "text"), type=(2, "text"), blobs=(7, "*Blob"))
     message("V0", name=(1, "text"))
     message(
@@ -364,14 +441,20 @@ def caffe_net():
         blobs=(6, "*Blob"),
         decay=(8, "*float!"),
     )
-    message("Net", name=(1, "text"), layers=(2, "*V1"), input_dim=(4, "*int!"), layer=(100, "*Layer"))
+    message(
+        "Net", name=(1, "text"), layers=(2, "*V1"), input_dim=(4, "*int!"), layer=(100, "*Layer")
+    )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return lambda name="Net": message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}"))()
+    return lambda name="Net": message_factory.GetMessageClass(
+        pool.FindMessageTypeByName(f"caffe.{name}")
+    )()
 
 
 def lenet_caffemodel(net, old, double=False):
-    """LeNet as Caffe stores it: with input and ReLU layers between, and in the old format with shapes of rank 4."""
+    """LeNet as Caffe stores it: with input and ReLU layers between, and in the old format with
+    shapes of rank 4.
+    """
     net.name = "LeNet"
     (net.layers if old else net.layer).add(name="data")
     for layer in ("conv1", "conv2", "fc1", "fc2"):
@@ -381,7 +464,9 @@ def lenet_caffemodel(net, old, double=False):
             blob = made.blobs.add()
             (blob.double_data if double else blob.data).extend(array.reshape(-1).tolist())
             if old:
-                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (
+                    4 - array.ndim
+                ) + array.shape
             else:
                 blob.shape.dim.extend(array.shape)
         (net.layers if old else net.layer).add(name=f"relu_{layer}")
@@ -438,7 +523,10 @@ def message_field(number, content):
     [
         (message_field(7, message_field(1, varint(2**63 + 1) * 10**4)), "more than 8 axes"),
         (message_field(7, message_field(1, b"\x01" * 100)), "more than 8 axes"),
-        (message_field(7, message_field(1, b"\x01")) * 9, r"1 numbers.*\(1, 1, 1, 1, 1, 1, 1, 1, 1\)"),
+        (
+            message_field(7, message_field(1, b"\x01")) * 9,
+            r"1 numbers.*\(1, 1, 1, 1, 1, 1, 1, 1, 1\)",
+        ),
         (
             message_field(7, message_field(1, varint(0) + varint(2**62) * 2)),
             r"1 numbers.*shape \(0, 4611686018427387904",
@@ -449,7 +537,9 @@ def message_field(number, content):
 )
 def test_caffes_shapes_are_checked_before_they_are_multiplied(tmp_path, blob, words):
     path, layer = tmp_path / "net.caffemodel", message_field(1, b"conv1")
-    path.write_bytes(message_field(100, layer + message_field(7, message_field(5, bytes(4)) + blob)))
+    path.write_bytes(
+        message_field(100, layer + message_field(7, message_field(5, bytes(4)) + blob))
+    )
     with pytest.raises(WeightsError, match=f"net.caffemodel cannot be read.*{words}"):
         caffe.read(path)
 
@@ -457,7 +547,9 @@ def test_caffes_shapes_are_checked_before_they_are_multiplied(tmp_path, blob, wo
 def test_whatever_else_fails_in_a_caffemodel_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "net.caffemodel").write_bytes(b"")
     monkeypatch.setattr(caffe, "_weights", lambda net: [1])
-    with pytest.raises(WeightsError, match="net.caffemodel is damaged, or no .caffemodel .TypeError"):
+    with pytest.raises(
+        WeightsError, match="net.caffemodel is damaged, or no .caffemodel .TypeError"
+    ):
         caffe.read(tmp_path / "net.caffemodel")
 
 
@@ -482,12 +574,20 @@ def simplenn(weights, field="weights"):
 
 def lenet_filters():
     """LeNet's weights as MatConvNet has them: (height, width, in, out), of linear layers too."""
-    torchs = {layer: (LENET[f"{layer}.weight"], LENET[f"{layer}.bias"]) for layer in ("conv1", "conv2", "fc1", "fc2")}
+    torchs = {
+        layer: (LENET[f"{layer}.weight"], LENET[f"{layer}.bias"])
+        for layer in ("conv1", "conv2", "fc1", "fc2")
+    }
     whole = {"fc1": (500, 50, 4, 4), "fc2": (2, 500, 1, 1)}
-    return [(w.reshape(whole.get(layer, w.shape)).transpose(2, 3, 1, 0), b) for layer, (w, b) in torchs.items()]
+    return [
+        (w.reshape(whole.get(layer, w.shape)).transpose(2, 3, 1, 0), b)
+        for layer, (w, b) in torchs.items()
+    ]
 
 
-@pytest.mark.parametrize(("field", "nested"), [("weights", True), ("weights", False), ("filters", True)])
+@pytest.mark.parametrize(
+    ("field", "nested"), [("weights", True), ("weights", False), ("filters", True)]
+)
 def test_matconvnets_files_are_read(tmp_path, field, nested):
     net = {"layers": simplenn(lenet_filters(), field), "meta": {"epoch": 3.0}}
     scipy.io.savemat(tmp_path / "lenet.mat", {"net": net} if nested else net)
@@ -497,12 +597,20 @@ def test_matconvnets_files_are_read(tmp_path, field, nested):
 def test_layers_are_named_in_the_order_in_which_the_net_runs_through_them():
     order = ["conv1", "cccp1", "cccp2", "conv2", "cccp3", "cccp4", "conv3", "cccp5", "cccp6"]
     assert layouts.layer_names("nin") == order
-    assert layouts.layer_names("alexnet") == [*(f"conv{i}" for i in range(1, 6)), "fc6", "fc7", "fc8"]
+    assert layouts.layer_names("alexnet") == [
+        *(f"conv{i}" for i in range(1, 6)),
+        "fc6",
+        "fc7",
+        "fc8",
+    ]
 
 
 def test_filters_imported_from_caffe_are_turned_back_to_bgr(tmp_path):
     filters = np.arange(2 * 2 * 3 * 4, dtype=np.float32).reshape(2, 2, 3, 4)
-    pairs = [(filters, np.ones(4, np.float32)), (filters.reshape(2, 2, 4, 3), np.ones(3, np.float32))]
+    pairs = [
+        (filters, np.ones(4, np.float32)),
+        (filters.reshape(2, 2, 4, 3), np.ones(3, np.float32)),
+    ]
     scipy.io.savemat(tmp_path / "net.mat", {"layers": simplenn(pairs)})
     arrays = matconvnet.read(tmp_path / "net.mat", ["a"], reverse_channels=True)
     assert list(arrays) == ["a.weight", "a.bias", "extra1.weight", "extra1.bias"]
@@ -517,38 +625,53 @@ def test_other_matlab_files_are_refused(tmp_path):
     scipy.io.savemat(path, {"images": np.ones(3)})
     with pytest.raises(WeightsError, match="does not hold a SimpleNN net"):
         pretrained.load(path, "lenet")
-    normalised = np.empty((1, 3), object)
-    normalised[0, :] = [np.ones((2, 2, 1, 3)), np.ones(3), np.ones((3, 2))]  # of a layer with moments
-    scipy.io.savemat(path, {"layers": np.array([[{"weights": normalised}]], object)})
+    normalized = np.empty((1, 3), object)
+    # of a layer with moments
+    normalized[0, :] = [np.ones((2, 2, 1, 3)), np.ones(3), np.ones((3, 2))]
+    scipy.io.savemat(path, {"layers": np.array([[{"weights": normalized}]], object)})
     with pytest.raises(WeightsError, match="does not hold a SimpleNN net"):
         pretrained.load(path, "lenet")
     path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(64))
-    with pytest.raises(WeightsError, match=r"MATLAB 7.3 file; write it anew with save\(..., '-v7'\)"):
+    with pytest.raises(
+        WeightsError, match=r"MATLAB 7.3 file; write it anew with save\(..., '-v7'\)"
+    ):
         pretrained.load(path, "lenet")
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_variables_of_matlab_files_are_bounded_and_others_not_read(tmp_path, monkeypatch, compressed):
+def test_variables_of_matlab_files_are_bounded_and_others_not_read(
+    tmp_path, monkeypatch, compressed
+):
     path, net = tmp_path / "lenet.mat", {"layers": simplenn(lenet_filters())}
-    scipy.io.savemat(path, {"junk": np.zeros(10**6), "net": net, "more": np.ones(3)}, do_compression=compressed)
+    scipy.io.savemat(
+        path, {"junk": np.zeros(10**6), "net": net, "more": np.ones(3)}, do_compression=compressed
+    )
     monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 2 * 10**6)  # less than junk, more than the net
     expect_lenet(pretrained.load(path, "lenet"))
     monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 10**6)
-    with pytest.raises(WeightsError, match="lenet.mat is damaged.*come to more than the 1000000 bytes"):
+    with pytest.raises(
+        WeightsError, match="lenet.mat is damaged.*come to more than the 1000000 bytes"
+    ):
         pretrained.load(path, "lenet")
 
 
 def matlab_element(kind, content, order="<"):
-    return struct.pack(f"{order}II", kind, len(content)) + content.ljust(-(-len(content) // 8) * 8, b"\0")
+    return struct.pack(f"{order}II", kind, len(content)) + content.ljust(
+        -(-len(content) // 8) * 8, b"\0"
+    )
 
 
 def matlab_array(array_class, dimensions, *rest, name=b"", order="<"):
-    """What follows the tag of an array of that class and those dimensions; `rest` has types and contents."""
+    """What follows the tag of an array of that class and those dimensions; `rest` has types and
+    contents.
+    """
     flags, dimensions = (
         struct.pack(f"{order}II", array_class, 0),
         struct.pack(f"{order}{len(dimensions)}i", *dimensions),
     )
-    return b"".join(matlab_element(*part, order) for part in ((6, flags), (5, dimensions), (1, name), *rest))
+    return b"".join(
+        matlab_element(*part, order) for part in ((6, flags), (5, dimensions), (1, name), *rest)
+    )
 
 
 def matlab_file(*array, order="<"):
@@ -575,18 +698,26 @@ def test_matlab_stores_floats_as_short_integers_in_either_byte_order(tmp_path, o
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (matlab_file(6, (2**30, 2**30), (9, bytes(8))), "1 numbers in it do not make an array of shape"),
+        (
+            matlab_file(6, (2**30, 2**30), (9, bytes(8))),
+            "1 numbers in it do not make an array of shape",
+        ),
         (matlab_file(6, (-1, 1), (9, bytes(8))), "do not make"),
         (matlab_file(7, (1,) * 10, (2, b"1")), "do not make"),
         (matlab_file(6, (2**18, 1), (2, bytes(2**18))), "come to more than the 1000000 bytes"),
-        (matlab_file(2, (2**30, 1), (5, b"\1\0\0\0"), (1, b"a" * 200_000)), "more than 1000 fields"),
+        (
+            matlab_file(2, (2**30, 1), (5, b"\1\0\0\0"), (1, b"a" * 200_000)),
+            "more than 1000 fields",
+        ),
         (matlab_file(2, (1, 1), (5, bytes(4)), (1, b"a")), "fields"),
         (matlab_file(1, (1, 1), *[(14, b"")] * 50), "more than 50 arrays"),
         (matlab_file(1, (1, 1), (9, bytes(8))), "what is no array"),
         (matlab_file(1, (1, 1), (14, bytes(4))), "requires a buffer"),
     ],
 )
-def test_arrays_of_matlab_files_do_not_claim_more_than_a_net_has(tmp_path, monkeypatch, content, words):
+def test_arrays_of_matlab_files_do_not_claim_more_than_a_net_has(
+    tmp_path, monkeypatch, content, words
+):
     monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 10**6)
     monkeypatch.setattr(matconvnet, "_MOST_ARRAYS", 50)
     path = tmp_path / "net.mat"
@@ -605,7 +736,10 @@ def test_cells_in_cells_and_filters_of_five_axes_are_refused(tmp_path):
         cell = outer
     for layers, words in (
         (cell, "more than 20 inside each other"),
-        (simplenn([(np.ones((2,) * 5), np.ones(2))]), r"filters of a layer have shape \(2, 2, 2, 2, 2\)"),
+        (
+            simplenn([(np.ones((2,) * 5), np.ones(2))]),
+            r"filters of a layer have shape \(2, 2, 2, 2, 2\)",
+        ),
         (np.array([["hello"]], object), "does not hold a SimpleNN"),
         (np.array([[scipy.sparse.eye(2)]], object), "does not hold a SimpleNN"),
         (
@@ -638,14 +772,19 @@ def test_a_changed_byte_of_a_matlab_file_never_raises_anything_else(tmp_path):
 
 def npy(shape, dtype="<f4", content=b""):
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
     return file.getvalue() + content
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"x.npy": npy((10**5,), content=bytes(4 * 10**5))}, "come to 400128 bytes, and 300000 are allowed"),
+        (
+            {"x.npy": npy((10**5,), content=bytes(4 * 10**5))},
+            "come to 400128 bytes, and 300000 are allowed",
+        ),
         ({"fc9.weight.npy": npy((2,), content=bytes(8))}, r"missing: .*unknown: fc9.weight \(2,\)"),
         ({"x.npy": npy((10**9, 10**9))}, "x.npy is not as long as an array of shape"),
         ({"x.npy": npy((-1, 0))}, "x.npy is not as long|shape"),
@@ -657,7 +796,9 @@ def npy(shape, dtype="<f4", content=b""):
 )
 def test_npz_files_are_refused_by_their_headers(tmp_path, monkeypatch, entries, words):
     monkeypatch.setattr(errors, "MOST_UNCOMPRESSED", 300_000)
-    monkeypatch.setattr(files, "_npy_array", lambda archive, name: pytest.fail(f"{name} was decompressed"))
+    monkeypatch.setattr(
+        files, "_npy_array", lambda archive, name: pytest.fail(f"{name} was decompressed")
+    )
     with zipfile.ZipFile(tmp_path / "net.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
@@ -666,7 +807,9 @@ def test_npz_files_are_refused_by_their_headers(tmp_path, monkeypatch, entries, 
 
 
 def test_compressed_npz_files_are_read(tmp_path):
-    np.savez_compressed(tmp_path / "lenet.npz", **{name: np.asfortranarray(array) for name, array in LENET.items()})
+    np.savez_compressed(
+        tmp_path / "lenet.npz", **{name: np.asfortranarray(array) for name, array in LENET.items()}
+    )
     expect_lenet(pretrained.load(tmp_path / "lenet.npz", "lenet"))
 
 
@@ -688,7 +831,9 @@ def written(directory, kind, caffe_net):
     return path
 
 
-each_kind = pytest.mark.parametrize("kind", [suffix[1:] for suffix in files.SUFFIXES if suffix != ".pt"])
+each_kind = pytest.mark.parametrize(
+    "kind", [suffix[1:] for suffix in files.SUFFIXES if suffix != ".pt"]
+)
 
 
 @each_kind
@@ -705,7 +850,9 @@ def test_whole_files_load_truncated_ones_are_refused(tmp_path, monkeypatch, caff
 
 
 @pytest.mark.parametrize("kind", ["pth", "npz"])
-def test_a_flipped_bit_among_the_numbers_is_noticed_where_there_is_a_checksum(tmp_path, caffe_net, kind):
+def test_a_flipped_bit_among_the_numbers_is_noticed_where_there_is_a_checksum(
+    tmp_path, caffe_net, kind
+):
     path = written(tmp_path, kind, caffe_net)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -732,7 +879,9 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path, monkeypatch, caffe_net,
 
 
 def test_unknown_kinds_absent_files_and_unknown_nets_are_said(tmp_path):
-    with pytest.raises(WeightsError, match=r"net.h5 is of no known kind: .*\.pth \(PyTorch\).*\.mat \(MatConvNet\)"):
+    with pytest.raises(
+        WeightsError, match=r"net.h5 is of no known kind: .*\.pth \(PyTorch\).*\.mat \(MatConvNet\)"
+    ):
         pretrained.load(tmp_path / "net.h5", "lenet")
     with pytest.raises(WeightsError, match="There is no file .*net.pth"):
         pretrained.load(tmp_path / "net.pth", "lenet")
@@ -750,15 +899,26 @@ def test_what_the_system_refuses_is_said(tmp_path, monkeypatch, kind):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
     monkeypatch.setattr(type(path), "open", refuse)  # Permissions do not bind root.
-    with pytest.raises(WeightsError, match=f"lenet.{kind} cannot be read .Permission denied.; check its permissions"):
+    with pytest.raises(
+        WeightsError,
+        match=f"lenet.{kind} cannot be read .Permission denied.; check its permissions",
+    ):
         pretrained.load(path, "lenet")
 
 
 def test_bfloat16_goes_through_safetensors(tmp_path):
-    arrays = {"count": np.array(3), "x": np.arange(6, dtype=np.float32).astype(jax.numpy.bfloat16).reshape(2, 3).T}
+    arrays = {
+        "count": np.array(3),
+        "x": np.arange(6, dtype=np.float32).astype(jax.numpy.bfloat16).reshape(2, 3).T,
+    }
     files.save_safetensors(tmp_path / "x.safetensors", arrays)
     read, count = (files.read(tmp_path / "x.safetensors", "lenet")[name] for name in ("x", "count"))
-    assert read.dtype == jax.numpy.bfloat16 and read.shape == (3, 2) and float(read[1, 1]) == 4 and count.shape == ()
+    assert (
+        read.dtype == jax.numpy.bfloat16
+        and read.shape == (3, 2)
+        and float(read[1, 1]) == 4
+        and count.shape == ()
+    )
 
 
 # The command
@@ -770,7 +930,10 @@ def run_command(monkeypatch, *arguments):
 
 
 def test_the_command_converts(tmp_path, monkeypatch, capsys):
-    source = write_pth(tmp_path / "in.pth", {"state_dict": {f"module.{name}": array for name, array in LENET.items()}})
+    source = write_pth(
+        tmp_path / "in.pth",
+        {"state_dict": {f"module.{name}": array for name, array in LENET.items()}},
+    )
     target = tmp_path / "out.safetensors"
     run_command(monkeypatch, source, "--model", "lenet", target)
     assert capsys.readouterr().out == f"{target} holds the 8 arrays of lenet.\n"
@@ -786,28 +949,35 @@ def test_the_command_converts(tmp_path, monkeypatch, capsys):
         ("lenet", "out.pth", "give it a name that ends in .safetensors"),
     ],
 )
-def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, monkeypatch, model, target, sentence):
+def test_the_command_says_what_is_wrong_and_writes_nothing(
+    tmp_path, monkeypatch, model, target, sentence
+):
     source = write_pth(tmp_path / "in.pth", LENET)
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         run_command(monkeypatch, source, "--model", model, tmp_path / target)
     assert not (tmp_path / target).exists()
 
 
-def test_statistics_of_batch_normalisation_are_variables_too():
+def test_statistics_of_batch_normalization_are_variables_too():
     model, name = models.create("resnet18", num_classes=3), "resnet18"
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     expected = jax.eval_shape(model.init, jax.random.key(0), images)
     shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
     assert len(shapes) == 62 + 40
     entries = {
-        layouts._entry(name, path): layouts._torch_shape(s) for path, s in layouts._expected_shapes(name, 3).items()
+        layouts._entry(name, path): layouts._torch_shape(s)
+        for path, s in layouts._expected_shapes(name, 3).items()
     }
-    assert {"layer1.0.bn1.running_mean", "layer2.0.downsample.0.weight", "layer4.0.downsample.1.running_var"} < set(
-        entries
-    )
+    assert {
+        "layer1.0.bn1.running_mean",
+        "layer2.0.downsample.0.weight",
+        "layer4.0.downsample.1.running_var",
+    } < set(entries)
     arrays = {entry: np.broadcast_to(np.float32(0), shape) for entry, shape in entries.items()}
     arrays |= {
-        entry.replace("running_mean", "num_batches_tracked"): np.array(1) for entry in entries if "mean" in entry
+        entry.replace("running_mean", "num_batches_tracked"): np.array(1)
+        for entry in entries
+        if "mean" in entry
     }
     variables = layouts.variables_from_torch(name, arrays)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)

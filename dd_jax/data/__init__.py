@@ -1,20 +1,34 @@
 """Data sets in memory, the paper's input spaces, and batches whose position is the step number.
 
     data = dd_jax.data.load("mnist", (28, 28, 1))                     # uint8 images, int32 labels
-    preprocess = dd_jax.data.fit("mean_image", data.train_images)     # fitted on training images only
-    inputs = preprocess(data.train_images)                            # float32, the network's input space
+    preprocess = dd_jax.data.fit("mean_image", data.train_images)   # on training images only
+    inputs = preprocess(data.train_images)                          # float32, the net's input space
     batch = dd_jax.data.training_batch(inputs, data.train_labels, batch_size=100, seed=0, step=0)
 
-Sets too large for memory are read as the net trains: `open_images`, `training_stream`, `evaluation_stream`.
+Sets too large for memory are read as the net trains: `open_images`, `training_stream`,
+`evaluation_stream`.
 
 Nothing here needs TensorFlow, and TFDS is imported only when one of its sets is asked for.
 """
 
-from dd_jax.data.batches import evaluation_batches, steps_per_epoch, training_batch
-from dd_jax.data.encoded import STREAMED_SOURCES, EncodedDataSet, EncodedImages, open_images
-from dd_jax.data.preprocessing import PREPROCESSINGS, UNFITTED, Preprocessing, bounds, fit, make_to_images
-from dd_jax.data.sources import SOURCES, DataError, DataSet, load
-from dd_jax.data.streaming import BatchStream, Pace, evaluation_stream, training_stream
+from dd_jax.data.batches import (
+    Examples,
+    evaluation_batches,
+    in_memory,
+    steps_per_epoch,
+    training_batch,
+)
+from dd_jax.data.datasets import SOURCES, DataError, DataSet, load
+from dd_jax.data.image_files import STREAMED_SOURCES, EncodedDataSet, EncodedImages, open_images
+from dd_jax.data.preprocessing import (
+    PREPROCESSINGS,
+    UNFITTED,
+    Preprocessing,
+    bounds,
+    fit,
+    make_to_images,
+)
+from dd_jax.data.workers import BatchStream, Pace, evaluation_stream, training_stream
 
 __all__ = [
     "SOURCES",
@@ -26,12 +40,14 @@ __all__ = [
     "DataSet",
     "EncodedDataSet",
     "EncodedImages",
+    "Examples",
     "Pace",
     "Preprocessing",
     "bounds",
     "evaluation_batches",
     "evaluation_stream",
     "fit",
+    "in_memory",
     "load",
     "make_to_images",
     "open_images",

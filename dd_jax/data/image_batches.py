@@ -1,4 +1,6 @@
-"""Batches of images made from their files, each from its number alone: what a worker of `streaming` runs."""
+"""Batches of images made from their files, each from its number alone: what a worker of `streaming`
+runs.
+"""
 
 import dataclasses
 import time
@@ -6,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dd_jax.data import images as decoding
+from dd_jax.data import decoding as decoding
 from dd_jax.data.batches import epoch_order, steps_per_epoch
-from dd_jax.data.encoded import EncodedImages, UnreadableError
+from dd_jax.data.image_files import EncodedImages, UnreadableError
 from dd_jax.data.preprocessing import Preprocessing
 
 # First word of the crops' seeds; `batches` has 1 and 2.
@@ -38,16 +40,24 @@ class BatchSource:
     def __post_init__(self):
         if self.batch_size < 1 or self.num_shards < 1 or self.batch_size % self.num_shards:
             raise ValueError(
-                f"batch_size must be a positive multiple of the number of processes, got {self.batch_size} for"
+                f"batch_size must be a positive multiple of the number of processes, got "
+                f"{self.batch_size} for"
                 f" {self.num_shards}"
             )
         if not 0 <= self.shard_index < self.num_shards:
-            raise ValueError(f"shard_index must be between 0 and {self.num_shards - 1}, got {self.shard_index}")
+            raise ValueError(
+                f"shard_index must be between 0 and {self.num_shards - 1}, got {self.shard_index}"
+            )
         if not 1 <= self.crop_size <= self.short_side:
-            raise ValueError(f"crop_size must be between 1 and short_side, got {self.crop_size} of {self.short_side}")
+            raise ValueError(
+                f"crop_size must be between 1 and short_side, got {self.crop_size} of "
+                f"{self.short_side}"
+            )
         if self.interpolation not in decoding.INTERPOLATIONS:
             choices = ", ".join(decoding.INTERPOLATIONS)
-            raise ValueError(f"unknown interpolation {self.interpolation!r}: choose one of {choices}")
+            raise ValueError(
+                f"unknown interpolation {self.interpolation!r}: choose one of {choices}"
+            )
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -66,7 +76,9 @@ class BatchSource:
         return full * self.local_batch_size + min(max(ragged, 0), self.local_batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Returns the batch, uint8, with what is to be known: `failures`, (name, reason) each, and `seconds` of work."""
+        """Returns the batch, uint8, with what is to be known: `failures`, (name, reason) each, and
+        `seconds` of work.
+        """
         start = time.perf_counter()
         epoch, rows = self.rows(number)
         pixels = np.zeros((self.local_batch_size, self.crop_size, self.crop_size, 3), np.uint8)
@@ -81,19 +93,32 @@ class BatchSource:
             else:
                 label[place], mask[place] = label_of_row, 1
         seconds = time.perf_counter() - start
-        return {"image": pixels, "label": label, "mask": mask, "failures": tuple(failures), "seconds": seconds}
+        return {
+            "image": pixels,
+            "label": label,
+            "mask": mask,
+            "failures": tuple(failures),
+            "seconds": seconds,
+        }
 
     def received(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a batch from a worker with its images in the net's input space; empty places stay zeros.
+        """Returns a batch from a worker with its images in the net's input space; empty places stay
+        zeros.
 
         They are copied even where nothing is to be done, so that shared memory is freed at once.
         """
-        image = np.array(batch["image"]) if self.preprocessing is None else self.preprocessing(batch["image"])
+        image = (
+            np.array(batch["image"])
+            if self.preprocessing is None
+            else self.preprocessing(batch["image"])
+        )
         image[batch["mask"] == 0] = 0
         return {**batch, "image": image}
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
-        """Returns the epoch of a batch, and which images are this process's part of it: as many as there are."""
+        """Returns the epoch of a batch, and which images are this process's part of it: as many as
+        there are.
+        """
         epoch = 0
         order = np.arange(len(self.images))
         if self.seed is not None:

@@ -1,7 +1,8 @@
 """The paper's input spaces: from uint8 pixels to the float32 inputs of the network.
 
-A perturbation, its size, and rho mean something only together with the space they are measured in, so a run saves its
-`Preprocessing` and measures with that very one again. Everything is fitted on training images alone.
+A perturbation, its size, and rho mean something only together with the space they are measured in,
+so a run saves its `Preprocessing` and measures with that very one again. Everything is fitted on
+training images alone.
 """
 
 import os
@@ -12,47 +13,55 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from dd_jax.data.sources import Images
+from dd_jax.data.datasets import Images
 
 Inputs = Float32[np.ndarray, "_ _ _ _"]
 
 DESCRIPTIONS = {
     "none": "pixels as they are",
     "mean_image": "minus the mean training image",
-    "contrast_whiten": "minus the mean training image, contrast-normalised per image, ZCA-whitened as in cnn_cifar.m",
-    "caffe": "BGR, minus Caffe's mean ImageNet colour",
-    "torchvision": "RGB, minus torchvision's mean ImageNet colour, divided by its standard deviations",
+    "contrast_whiten": "minus the mean training image, contrast-normalized per image, ZCA-whitened "
+    "as in cnn_cifar.m",
+    "caffe": "BGR, minus Caffe's mean ImageNet color",
+    "torchvision": "RGB, minus torchvision's mean ImageNet color, divided by its standard "
+    "deviations",
 }
 PREPROCESSINGS = tuple(DESCRIPTIONS)
-# Grey levels to a unit of the input: ||perturbation||_2 in the input space then is the paper's l_2 as it stands.
+# Gray levels to a unit of the input: ||perturbation||_2 in the input space then is the paper's l_2
+# as it stands.
 PIXEL_SCALE = np.float32(255)
-# cnn_cifar.m: an image of a lower standard deviation (grey levels) counts as flat, and its noise is not blown up.
+# cnn_cifar.m: an image of a lower standard deviation (gray levels) counts as flat, and its noise is
+# not blown up.
 LOWEST_CONTRAST = np.float32(40)
-# cnn_cifar.m floors the roots of the eigenvalues at 10 grey levels, but of a covariance that it divides by all 60,000
-# images although it sums only the 50,000 for training. With the true covariance that is this floor (and no other
-# difference: the scale cancels everywhere else).
+# cnn_cifar.m floors the roots of the eigenvalues at 10 gray levels, but of a covariance that it
+# divides by all 60,000 images although it sums only the 50,000 for training. With the true
+# covariance that is this floor (and no other difference: the scale cancels everywhere else).
 EIGENVALUE_ROOT_FLOOR = 10 * np.sqrt(60_000 / 50_000)
-# Those that have constants of their own: `Preprocessing(name)` is complete, no training images are needed.
+# Those that have constants of their own: `Preprocessing(name)` is complete, no training images are
+# needed.
 UNFITTED = ("none", "caffe", "torchvision")
-# Grey levels, in the order of the net's channels: https://github.com/BVLC/caffe, models/bvlc_alexnet (the mean of
-# imagenet_mean.binaryproto over the pixels: blue, green, red), and https://docs.pytorch.org/vision, models (red, green,
-# blue; given there for pixels in 0..1).
+# Gray levels, in the order of the net's channels: https://github.com/BVLC/caffe,
+# models/bvlc_alexnet (the mean of imagenet_mean.binaryproto over the pixels: blue, green, red), and
+# https://docs.pytorch.org/vision, models (red, green, blue; given there for pixels in 0..1).
 CAFFE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], np.float32)
 TORCHVISION_MEAN = np.array([0.485, 0.456, 0.406], np.float32) * PIXEL_SCALE
 TORCHVISION_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
-# Images held as float32 at once, 25 MB of CIFAR-10; or fewer, by the number of values, of larger images.
+# Images held as float32 at once, 25 MB of CIFAR-10; or fewer, by the number of values, of larger
+# images.
 IMAGES_PER_CHUNK = 2_000
 VALUES_PER_CHUNK = IMAGES_PER_CHUNK * 32 * 32 * 3
 
 
 class Preprocessing(NamedTuple):
-    """A fitted map from uint8 images to float32 inputs; a plain container, which `save` and `load` keep in a file.
+    """A fitted map from uint8 images to float32 inputs; a plain container, which `save` and `load`
+    keep in a file.
 
     Attributes:
       name: one of `PREPROCESSINGS`.
-      mean_image: float32 `(h, w, c)`, the mean training image in grey levels; None for those of `UNFITTED`.
-      mean_contrast: float32 `()`, the mean over the training images of their standard deviations, in grey levels; only
-        for "contrast_whiten".
+      mean_image: float32 `(h, w, c)`, the mean training image in gray levels; None for those of
+        `UNFITTED`.
+      mean_contrast: float32 `()`, the mean over the training images of their standard deviations,
+        in gray levels; only for "contrast_whiten".
       whitening: float32 `(h*w*c, h*w*c)`, symmetric; only for "contrast_whiten".
     """
 
@@ -62,21 +71,25 @@ class Preprocessing(NamedTuple):
     whitening: np.ndarray | None = None
 
     def __call__(self, images: Images) -> Inputs:
-        """Maps uint8 images `(n, h, w, c)`, 0..255, to float32 inputs of the same shape; n may be 0.
+        """Maps uint8 images `(n, h, w, c)`, 0..255, to float32 inputs of the same shape; n may be
+        0.
 
         Raises:
-          ValueError: images that are not uint8, or of another shape than those it was fitted on; other than three
-            channels for "caffe" and "torchvision".
+          ValueError: images that are not uint8, or of another shape than those it was fitted on;
+            other than three channels for "caffe" and "torchvision".
         """
         _check_images(images)
-        _check_colours(self.name, images)
+        _check_colors(self.name, images)
         if self.mean_image is not None and images.shape[1:] != self.mean_image.shape:
             raise ValueError(
-                f"the preprocessing {self.name!r} was fitted on images of shape {self.mean_image.shape}, got images of"
+                f"the preprocessing {self.name!r} was fitted on images of shape "
+                f"{self.mean_image.shape}, got images of"
                 f" shape {images.shape[1:]}: fit it on training images of this shape"
             )
         inputs = np.empty(images.shape, np.float32)
-        images_per_chunk = min(IMAGES_PER_CHUNK, max(VALUES_PER_CHUNK // max(inputs[:1].size, 1), 1))
+        images_per_chunk = min(
+            IMAGES_PER_CHUNK, max(VALUES_PER_CHUNK // max(inputs[:1].size, 1), 1)
+        )
         for start in range(0, len(images), images_per_chunk):
             chunk = slice(start, start + images_per_chunk)
             inputs[chunk] = self._levels(images[chunk]) / PIXEL_SCALE
@@ -93,7 +106,8 @@ class Preprocessing(NamedTuple):
         arrays = {key: value for key, value in self._asdict().items() if value is not None}
         path = pathlib.Path(path)
         partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:  # an open file, because np.savez would append .npz to the name
+        # an open file, because np.savez would append .npz to the name
+        with partial.open("wb") as file:
             np.savez(file, **arrays)
         partial.replace(path)
 
@@ -109,7 +123,10 @@ class Preprocessing(NamedTuple):
             arrays = dict(file)
         name = str(arrays.pop("name", None))
         if name not in PREPROCESSINGS or set(arrays) - set(cls._fields):
-            raise ValueError(f"{path} is not a file that Preprocessing.save wrote: it holds {name!r}, {sorted(arrays)}")
+            raise ValueError(
+                f"{path} is not a file that Preprocessing.save wrote: it holds {name!r}, "
+                f"{sorted(arrays)}"
+            )
         return cls(name, **arrays)
 
     def _levels(self, images: Images) -> Inputs:
@@ -117,12 +134,14 @@ class Preprocessing(NamedTuple):
         if self.name == "none":
             return images.astype(np.float32)
         if self.name == "caffe":
-            return _by_colour(np.subtract, images[..., ::-1], CAFFE_MEAN)
+            return _by_color(np.subtract, images[..., ::-1], CAFFE_MEAN)
         if self.name == "torchvision":
-            return _by_colour(np.divide, _by_colour(np.subtract, images, TORCHVISION_MEAN), TORCHVISION_DEVIATION)
+            return _by_color(
+                np.divide, _by_color(np.subtract, images, TORCHVISION_MEAN), TORCHVISION_DEVIATION
+            )
         if self.name == "mean_image":
             return images - self.mean_image
-        levels = _normalised_contrast(images, self.mean_image)[0] * self.mean_contrast
+        levels = _normalized_contrast(images, self.mean_image)[0] * self.mean_contrast
         return (levels @ self.whitening).reshape(images.shape)
 
 
@@ -130,42 +149,46 @@ def fit(name: str, train_images: Images) -> Preprocessing:
     r"""Fits one of the paper's input spaces on training images.
 
     - "none": `x / 255`. Nothing is fitted.
-    - "caffe" (the paper's ImageNet): `(x - mean) / 255` of the channels in the order blue, green, red, with the mean
-      colour 104.00698793, 116.66876762, 122.67891434. Nothing is fitted.
-    - "torchvision": `(x / 255 - mean) / std`, with the mean .485, .456, .406 and the std .229, .224, .225 of red, green
-      and blue. Nothing is fitted. A unit of the input is std times a pixel's range here.
+    - "caffe" (the paper's ImageNet): `(x - mean) / 255` of the channels in the order blue, green,
+      red, with the mean color 104.00698793, 116.66876762, 122.67891434. Nothing is fitted.
+    - "torchvision": `(x / 255 - mean) / std`, with the mean .485, .456, .406 and the std .229,
+      .224, .225 of red, green and blue. Nothing is fitted. A unit of the input is std times a
+      pixel's range here.
     - "mean_image" (the paper's MNIST): `(x - mean) / 255` with the mean training image.
-    - "contrast_whiten" (the paper's CIFAR-10), on grey levels and, from the second step on, on an image as one vector
-      of d = h*w*c values:
+    - "contrast_whiten" (the paper's CIFAR-10), on gray levels and, from the second step on, on an
+      image as one vector of d = h*w*c values:
 
           z_i = x_i - mean image
           z_i = z_i - mean(z_i)                                       of its own d values
-          z_i = z_i / max(std(z_i), 40) * mean_j std(z_j)             std with d - 1 in its denominator
-          C   = (1/n) sum_i z_i z_i^T = V diag(lambda) V^T            z is not centred again
+          z_i = z_i / max(std(z_i), 40) * mean_j std(z_j)    std: over d - 1
+          C   = (1/n) sum_i z_i z_i^T = V diag(lambda) V^T            z is not centered again
           x'_i = V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T z_i / 255
 
-      so that whitening keeps the mean energy `trace(C)/d` where no eigenvalue is below the floor. Steps and order are
-      those of MatConvNet's `examples/cifar/cnn_cifar.m` (all but the 255). Its floor of 10 belongs to a covariance
-      that is scaled by 50,000/60,000, which makes `floor = 10 sqrt(6/5)` here. One thing differs: its mean of the
-      standard deviations takes in the test images, this one does not (on CIFAR-10 a factor within 0.02 % of 1).
+      so that whitening keeps the mean energy `trace(C)/d` where no eigenvalue is below the floor.
+      Steps and order are those of MatConvNet's `examples/cifar/cnn_cifar.m` (all but the 255). Its
+      floor of 10 belongs to a covariance that is scaled by 50,000/60,000, which makes `floor = 10
+      sqrt(6/5)` here. One thing differs: its mean of the standard deviations takes in the test
+      images, this one does not (on CIFAR-10 a factor within 0.02 % of 1).
 
     Sums over images and the eigenvectors are float64; the arrays kept are float32.
 
     Args:
       name: one of `PREPROCESSINGS`.
-      train_images: uint8 `(n, h, w, c)`, 0..255. Flat images (all pixels equal) are mapped to zero by
-        "contrast_whiten" unless the mean image tells them apart.
+      train_images: uint8 `(n, h, w, c)`, 0..255. Flat images (all pixels equal) are mapped to zero
+        by "contrast_whiten" unless the mean image tells them apart.
 
     Raises:
-      ValueError: unknown name, images that are not uint8 of rank 4, none at all, or of a number of channels that the
-        preprocessing has no constants for.
+      ValueError: unknown name, images that are not uint8 of rank 4, none at all, or of a number of
+        channels that the preprocessing has no constants for.
     """
     if name not in PREPROCESSINGS:
-        raise ValueError(f"unknown preprocessing {name!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        raise ValueError(
+            f"unknown preprocessing {name!r}: choose one of {', '.join(PREPROCESSINGS)}"
+        )
     _check_images(train_images)
     if len(train_images) == 0:
         raise ValueError(f"the preprocessing {name!r} cannot be fitted without training images")
-    _check_colours(name, train_images)
+    _check_colors(name, train_images)
     if name in UNFITTED:
         return Preprocessing(name)
     mean_image = train_images.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -175,7 +198,9 @@ def fit(name: str, train_images: Images) -> Preprocessing:
     num_values = mean_image.size
     contrast_sum, product_sum = 0.0, np.zeros((num_values, num_values))
     for start in range(0, len(train_images), IMAGES_PER_CHUNK):
-        levels, contrasts = _normalised_contrast(train_images[start : start + IMAGES_PER_CHUNK], mean_image)
+        levels, contrasts = _normalized_contrast(
+            train_images[start : start + IMAGES_PER_CHUNK], mean_image
+        )
         contrast_sum += contrasts.sum(dtype=np.float64)
         product_sum += levels.T @ levels
     mean_contrast = np.float32(contrast_sum / len(train_images))
@@ -184,11 +209,12 @@ def fit(name: str, train_images: Images) -> Preprocessing:
 
 
 def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the least and the greatest input that a pixel can become, or None where they are not one by one.
+    """Returns the least and the greatest input that a pixel can become, or None where they are not
+    one by one.
 
-    "none" has the bounds 0 and 1, of shape `()`; "mean_image" has `-mean/255` and `1 - mean/255`, float32 of shape
-    `(1, h, w, c)` that broadcasts against a batch; "caffe" and "torchvision" what black and white become, `(1, 1, 1, 3)`;
-    whitening mixes the pixels, and has none.
+    "none" has the bounds 0 and 1, of shape `()`; "mean_image" has `-mean/255` and `1 - mean/255`,
+    float32 of shape `(1, h, w, c)` that broadcasts against a batch; "caffe" and "torchvision" what
+    black and white become, `(1, 1, 1, 3)`; whitening mixes the pixels, and has none.
     """
     if preprocessing.name == "contrast_whiten":
         return None
@@ -201,7 +227,8 @@ def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def make_to_images(preprocessing: Preprocessing) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Returns the way back from inputs `(n, h, w, c)` to images in RGB with 0..1 for black..white, or None with `bounds`.
+    """Returns the way back from inputs `(n, h, w, c)` to images in RGB with 0..1 for black..white,
+    or None with `bounds`.
 
     What a perturbation has led out of the bounds is led out of 0..1.
     """
@@ -213,8 +240,10 @@ def make_to_images(preprocessing: Preprocessing) -> Callable[[np.ndarray], np.nd
     return lambda inputs: ((inputs - lower) / (upper - lower))[..., ::order]
 
 
-def _normalised_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `(x - mean) / max(std, 40)` of each image as a vector `(n, d)`, and the stds `(n,)` in grey levels."""
+def _normalized_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `(x - mean) / max(std, 40)` of each image as a vector `(n, d)`, and the stds `(n,)`
+    in gray levels.
+    """
     levels = (images - mean_image).reshape(len(images), -1)
     levels -= levels.mean(axis=1, keepdims=True)
     # An image of one value has no spread; with d - 1 = 0 that would be 0/0.
@@ -223,31 +252,41 @@ def _normalised_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.nda
     return levels, contrasts
 
 
-def _by_colour(operation: np.ufunc, images: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Returns `operation(images, colour)`, in rows of pixels: NumPy takes three times as long for steps of three values."""
+def _by_color(operation: np.ufunc, images: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Returns `operation(images, color)`, in rows of pixels: NumPy takes three times as long for
+    steps of three values.
+    """
     rows = images.reshape(*images.shape[:2], -1)
-    return operation(rows, np.tile(colour, images.shape[2])).reshape(images.shape)
+    return operation(rows, np.tile(color, images.shape[2])).reshape(images.shape)
 
 
 def _whitening(covariance: np.ndarray) -> np.ndarray:
-    """Returns `V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T` of `C = V diag(lambda) V^T`, as float32."""
+    """Returns `V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T` of `C = V diag(lambda)
+    V^T`, as float32.
+    """
     import scipy.linalg
 
-    # Divide and conquer is the fastest LAPACK driver for all eigenvectors: 3072 x 3072 takes 3 s on two idle cores.
+    # Divide and conquer is the fastest LAPACK driver for all eigenvectors: 3072 x 3072 takes 3 s on
+    # two idle cores.
     eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
-    eigenvalues = np.maximum(eigenvalues, 0)  # rounding makes those of the null space slightly negative
+    # rounding makes those of the null space slightly negative
+    eigenvalues = np.maximum(eigenvalues, 0)
     gains = np.sqrt(eigenvalues.mean()) / np.maximum(np.sqrt(eigenvalues), EIGENVALUE_ROOT_FLOOR)
     return ((vectors * gains) @ vectors.T).astype(np.float32)
 
 
 def _check_images(images: np.ndarray) -> None:
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"expected uint8 images (n, h, w, c) in 0..255, got {images.dtype} of shape {images.shape}")
+        raise ValueError(
+            f"expected uint8 images (n, h, w, c) in 0..255, got {images.dtype} of shape "
+            f"{images.shape}"
+        )
 
 
-def _check_colours(name: str, images: np.ndarray) -> None:
+def _check_colors(name: str, images: np.ndarray) -> None:
     if name in ("caffe", "torchvision") and images.shape[-1] != 3:
         raise ValueError(
-            f'the preprocessing {name!r} is for images of three channels, got {images.shape[-1]}: use "none" or'
+            f"the preprocessing {name!r} is for images of three channels, got {images.shape[-1]}: "
+            f'use "none" or'
             ' "mean_image"'
         )

@@ -4,9 +4,10 @@
     variables = model.init(key, jnp.zeros((1, *models.input_shape("lenet"))))
     logits = model.apply(variables, images)
 
-Every net is called as `model.apply(variables, images, train=False)`: images (batch, height, width, channels) to logits
-(batch, num_classes), row by row. Variables are {"params": ...}, and for nets with batch normalisation "batch_stats" beside:
-the statistics they were trained with, which are used as they stand, also with `train`.
+Every net is called as `model.apply(variables, images, train=False)`: images (batch, height, width,
+channels) to logits (batch, num_classes), row by row. Variables are {"params": ...}, and for nets
+with batch normalization "batch_stats" beside: the statistics they were trained with, which are used
+as they stand, also with `train`.
 """
 
 import flax.linen as nn
@@ -29,7 +30,8 @@ NAMES: tuple[str, ...] = tuple(_NETS)
 
 
 def create(name: str, num_classes: int | None = None) -> nn.Module:
-    """The net of that name, one of `NAMES`, without weights. ValueError for another name or fewer than two classes.
+    """The net of that name, one of `NAMES`, without weights. ValueError for another name or fewer
+    than two classes.
 
     None stands for the net's own number of classes: 10, or 1000 for the nets for ImageNet.
     """
@@ -41,7 +43,9 @@ def create(name: str, num_classes: int | None = None) -> nn.Module:
 
 
 def input_shape(name: str) -> tuple[int, int, int]:
-    """(height, width, channels) of the images that the net of that name is made for. ValueError for another name."""
+    """(height, width, channels) of the images that the net of that name is made for. ValueError for
+    another name.
+    """
     return _net(name).input_shape
 
 

@@ -1,4 +1,5 @@
-"""The paper's nets for CIFAR-10: ConvNet and NIN (Deep Defense, supplement), for 32 x 32 images of three channels.
+"""The paper's nets for CIFAR-10: ConvNet and NIN (Deep Defense, supplement), for 32 x 32 images of
+three channels.
 
 Layers carry the names that the authors' PyTorch code gives them.
 """
@@ -9,17 +10,18 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dd_jax.models.layers import batch_dropout, conv, only_pixel
-from dd_jax.pooling import avg_pool, max_pool
+from dd_jax.xla.pooling import avg_pool, max_pool
 
 
 class ConvNet(nn.Module):
     """Convolutions all the way, two kinds of pooling: 145,578 parameters at 10 classes.
 
-    Conv-5-32, MaxPool-2, ReLU, Conv-5-32, ReLU, AvgPool-2, Conv-5-64, ReLU, AvgPool-2, Conv-4-64 (valid), ReLU,
-    Conv-1-`num_classes`. 5x5 convolutions keep the size; the first ReLU follows its pooling.
+    Conv-5-32, MaxPool-2, ReLU, Conv-5-32, ReLU, AvgPool-2, Conv-5-64, ReLU, AvgPool-2, Conv-4-64
+    (valid), ReLU, Conv-1-`num_classes`. 5x5 convolutions keep the size; the first ReLU follows its
+    pooling.
 
-    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes of inputs and
-    parameters. `train` makes no difference.
+    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes
+    of inputs and parameters. `train` makes no difference.
     """
 
     num_classes: int = 10
@@ -40,17 +42,18 @@ class ConvNet(nn.Module):
 class NIN(nn.Module):
     """Network in network (Lin, Chen, Yan 2014): 966,986 parameters at 10 classes.
 
-    Conv-5-192, Conv-1-160, Conv-1-96, MaxPool-2, dropout, Conv-5-192, Conv-1-192, Conv-1-192, AvgPool-2, dropout,
-    Conv-3-192, Conv-1-192, Conv-1-`num_classes`, AvgPool-8. A ReLU follows every convolution but the last; 5x5 and 3x3
-    convolutions keep the size.
+    Conv-5-192, Conv-1-160, Conv-1-96, MaxPool-2, dropout, Conv-5-192, Conv-1-192, Conv-1-192,
+    AvgPool-2, dropout, Conv-3-192, Conv-1-192, Conv-1-`num_classes`, AvgPool-8. A ReLU follows
+    every convolution but the last; 5x5 and 3x3 convolutions keep the size.
 
-    With `train` the random key "dropout" (`rngs={"dropout": key}`) draws ONE mask per dropout layer and call, shared
-    by the whole batch: 0 with probability 0.5, else 2. A key is then one fixed thinned net, whatever the batch's size
-    and whatever an example's place in it. Attacks need that: within a training step they call the net again and again,
-    each time on the examples that are still active. Without `train` there is no dropout, and no key is needed.
+    With `train` the random key "dropout" (`rngs={"dropout": key}`) draws ONE mask per dropout layer
+    and call, shared by the whole batch: 0 with probability 0.5, else 2. A key is then one fixed
+    thinned net, whatever the batch's size and whatever an example's place in it. Attacks need that:
+    within a training step they call the net again and again, each time on the examples that are
+    still active. Without `train` there is no dropout, and no key is needed.
 
-    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes of inputs and
-    parameters.
+    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes
+    of inputs and parameters.
     """
 
     num_classes: int = 10

@@ -1,4 +1,5 @@
-"""The paper's nets for MNIST: MLP and LeNet (Deep Defense, supplement), for 28 x 28 images of one channel.
+"""The paper's nets for MNIST: MLP and LeNet (Deep Defense, supplement), for 28 x 28 images of one
+channel.
 
 Layers carry the names that the authors' PyTorch code gives them.
 """
@@ -9,21 +10,24 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dd_jax.models.layers import conv, dense, flatten
-from dd_jax.pooling import max_pool
+from dd_jax.xla.pooling import max_pool
 
 
 class MLP(nn.Module):
-    """FC-500, ReLU, FC-150, ReLU, FC-`num_classes`: 469,160 parameters for 28 x 28 images and 10 classes.
+    """FC-500, ReLU, FC-150, ReLU, FC-`num_classes`: 469,160 parameters for 28 x 28 images and 10
+    classes.
 
-    Takes inputs of any shape (batch, ...) and flattens them; `init` fixes their size. Computes in the wider of the
-    dtypes of inputs and parameters. `train` makes no difference.
+    Takes inputs of any shape (batch, ...) and flattens them; `init` fixes their size. Computes in
+    the wider of the dtypes of inputs and parameters. `train` makes no difference.
     """
 
     num_classes: int = 10
     input_shape: ClassVar[tuple[int, int, int]] = (28, 28, 1)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch ..."], train: bool = False) -> Float[Array, "batch classes"]:
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch classes"]:
         """Logits of a batch."""
         x = flatten(x)
         x = nn.relu(dense(500, name="fc1")(x))
@@ -32,11 +36,12 @@ class MLP(nn.Module):
 
 
 class LeNet(nn.Module):
-    """Conv-5-20, MaxPool-2, Conv-5-50, MaxPool-2, FC-500, ReLU, FC-`num_classes`: 431,080 parameters at 10 classes.
+    """Conv-5-20, MaxPool-2, Conv-5-50, MaxPool-2, FC-500, ReLU, FC-`num_classes`: 431,080
+    parameters at 10 classes.
 
-    Convolutions are valid, and no ReLU follows them. Takes (batch, 28, 28, 1), or images of another size of at least
-    16 pixels, which `init` fixes. Computes in the wider of the dtypes of inputs and parameters. `train` makes no
-    difference.
+    Convolutions are valid, and no ReLU follows them. Takes (batch, 28, 28, 1), or images of another
+    size of at least 16 pixels, which `init` fixes. Computes in the wider of the dtypes of inputs
+    and parameters. `train` makes no difference.
     """
 
     num_classes: int = 10

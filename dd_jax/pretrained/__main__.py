@@ -15,9 +15,14 @@ TARGET_SUFFIX = ".safetensors"
 
 
 def convert(source: pathlib.Path, name: str, target: pathlib.Path) -> int:
-    """Writes the weights of the net of that name; returns how many arrays. WeightsError if they are not that net's."""
+    """Writes the weights of the net of that name; returns how many arrays. WeightsError if they are
+    not that net's.
+    """
     if target.suffix != TARGET_SUFFIX:
-        raise WeightsError(f"{target} would be written as safetensors; give it a name that ends in {TARGET_SUFFIX}.")
+        raise WeightsError(
+            f"{target} would be written as safetensors; give it a name that ends in "
+            f"{TARGET_SUFFIX}."
+        )
     arrays = read(source, name)
     checked_variables(source, name, arrays)
     save_safetensors(target, arrays)
@@ -26,9 +31,15 @@ def convert(source: pathlib.Path, name: str, target: pathlib.Path) -> int:
 
 def main() -> None:
     """Runs the command line; an error that the user can mend is one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m dd_jax.pretrained", description="Converts weights to safetensors.")
-    parser.add_argument("source", type=pathlib.Path, help=f"a file that ends in {', '.join(SUFFIXES)}")
-    parser.add_argument("--model", required=True, choices=models.NAMES, help="whose weights they are")
+    parser = argparse.ArgumentParser(
+        prog="python -m dd_jax.pretrained", description="Converts weights to safetensors."
+    )
+    parser.add_argument(
+        "source", type=pathlib.Path, help=f"a file that ends in {', '.join(SUFFIXES)}"
+    )
+    parser.add_argument(
+        "--model", required=True, choices=models.NAMES, help="whose weights they are"
+    )
     parser.add_argument("target", type=pathlib.Path, help=f"a file that ends in {TARGET_SUFFIX}")
     arguments = parser.parse_args()
     try:

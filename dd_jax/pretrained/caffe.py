@@ -1,7 +1,10 @@
-"""Caffe's .caffemodel files: a NetParameter message in protobuf's wire format (caffe.proto), of which this reads the weights.
+"""Caffe's .caffemodel files: a NetParameter message in protobuf's wire format (caffe.proto), of
+which this reads the weights.
 
-NetParameter { layers = 2: V1LayerParameter { name = 4, blobs = 6 }, layer = 100: LayerParameter { name = 1, blobs = 7 } }
-BlobProto    { num = 1, channels = 2, height = 3, width = 4, data = 5, shape = 7: { dim = 1 }, double_data = 8 }
+NetParameter { layers = 2: V1LayerParameter { name = 4, blobs = 6 }, layer = 100: LayerParameter {
+name = 1, blobs = 7 } }
+BlobProto    { num = 1, channels = 2, height = 3, width = 4, data = 5, shape = 7: { dim = 1 },
+             double_data = 8 }
 """
 
 import itertools
@@ -25,9 +28,11 @@ _MOST_AXES = 8
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights as "LAYER.weight" and "LAYER.bias", in Caffe's shapes, which are PyTorch's; read-only.
+    """The weights as "LAYER.weight" and "LAYER.bias", in Caffe's shapes, which are PyTorch's;
+    read-only.
 
-    Reads files of Caffe's two current formats. Raises WeightsError where the file is damaged, or older.
+    Reads files of Caffe's two current formats. Raises WeightsError where the file is damaged, or
+    older.
     """
     content = pathlib.Path(path).read_bytes()
     try:
@@ -36,7 +41,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise WeightsError(f"{os.fspath(path)} cannot be read as a .caffemodel: {error}") from error
     except Exception as error:  # A damaged file can fail in any way.
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise WeightsError(f"{os.fspath(path)} is damaged, or no .caffemodel ({reason}); fetch it anew.") from error
+        raise WeightsError(
+            f"{os.fspath(path)} is damaged, or no .caffemodel ({reason}); fetch it anew."
+        ) from error
 
 
 def _weights(net: memoryview) -> Iterator[tuple[str, np.ndarray]]:
@@ -48,7 +55,9 @@ def _weights(net: memoryview) -> Iterator[tuple[str, np.ndarray]]:
         name_field, blobs_field = _LAYER_FIELDS[number]
         fields = list(_fields(layer))
         if number == 2 and any(field == _V0_LAYER for field, _ in fields):
-            raise WeightsError("it is in Caffe's format of 2013; run Caffe's upgrade_net_proto_binary on it.")
+            raise WeightsError(
+                "it is in Caffe's format of 2013; run Caffe's upgrade_net_proto_binary on it."
+            )
         name = next((_text(value) for field, value in fields if field == name_field), "")
         blobs = [value for field, value in fields if field == blobs_field]
         for i, blob in enumerate(blobs):
@@ -70,12 +79,17 @@ def _array(blob: int | memoryview, entry: str) -> np.ndarray:
     field = 5 if parts[5] else 8
     data = parts[field][0] if len(parts[field]) == 1 else b"".join(parts[field])
     sizes = (
-        tuple(shape) if shape or not legacy else _without_leading_ones(tuple(legacy.get(i, 0) for i in _LEGACY_SHAPE))
+        tuple(shape)
+        if shape or not legacy
+        else _without_leading_ones(tuple(legacy.get(i, 0) for i in _LEGACY_SHAPE))
     )
     count = len(data) / _DATA[field].itemsize
-    # Their product is not worked out before they are known to be few and small: 100,000 large ones take minutes.
+    # Their product is not worked out before they are known to be few and small: 100,000 large ones
+    # take minutes.
     if len(sizes) > _MOST_AXES or any(size > count for size in sizes) or math.prod(sizes) != count:
-        raise WeightsError(f"{entry} has {count:g} numbers, which do not make an array of shape {sizes}.")
+        raise WeightsError(
+            f"{entry} has {count:g} numbers, which do not make an array of shape {sizes}."
+        )
     return np.frombuffer(data, _DATA[field]).reshape(sizes)
 
 
@@ -88,7 +102,9 @@ def _dimensions(message: memoryview, entry: str) -> list[int]:
 
 
 def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Undoes what Caffe once did to biases, (1, 1, 1, out), and to weights of linear layers, (1, 1, out, in)."""
+    """Undoes what Caffe once did to biases, (1, 1, 1, out), and to weights of linear layers, (1, 1,
+    out, in).
+    """
     if shape[:3] == (1, 1, 1):
         return shape[3:]
     return shape[2:] if shape[:2] == (1, 1) else shape
@@ -109,9 +125,14 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif wire_type in (_EIGHT_BYTES, _FOUR_BYTES):
             size = 8 if wire_type == _EIGHT_BYTES else 4
         else:
-            raise WeightsError(f"it is damaged, or no protobuf message (wire type {wire_type}); fetch it anew.")
+            raise WeightsError(
+                f"it is damaged, or no protobuf message (wire type {wire_type}); fetch it anew."
+            )
         if size > len(message) - position:
-            raise WeightsError(f"it is truncated ({size - len(message) + position} bytes are missing); fetch it anew.")
+            raise WeightsError(
+                f"it is truncated ({size - len(message) + position} bytes are missing); fetch it "
+                f"anew."
+            )
         yield number, message[position : position + size]
         position += size
 

@@ -1,6 +1,7 @@
 """What is raised for weights that cannot be used."""
 
-# What a compressed file may come to, which can be a thousand times its size. AlexNet, the largest net, has 0.5 GB of doubles.
+# What a compressed file may come to, which can be a thousand times its size. AlexNet, the largest
+# net, has 0.5 GB of doubles.
 MOST_UNCOMPRESSED = 2**30
 
 

@@ -24,23 +24,28 @@ SUFFIXES = {
     ".mat": "MatConvNet",
     ".npz": "NumPy with PyTorch's names",
 }
-_MOST_EXPANDED = 2**12  # bytes of a tensor that is larger than its storage, as Tensor.expand makes them
+# bytes of a tensor that is larger than its storage, as Tensor.expand makes them
+_MOST_EXPANDED = 2**12
 
 
 def load(path: str | os.PathLike, name: str) -> dict[str, Any]:
     """Reads weights for the net of that name, one of `models.NAMES`.
 
-    Returns {"params": ...}, and "batch_stats" for nets with batch normalisation: what `models.create(name).apply` takes, in
-    float32 NumPy arrays whatever the file has. The number of classes is that of the file.
+    Returns {"params": ...}, and "batch_stats" for nets with batch normalization: what
+    `models.create(name).apply` takes, in float32 NumPy arrays whatever the file has. The number of
+    classes is that of the file.
 
-    Nothing in a file is run, and what it claims of its size is not believed. Raises WeightsError, one sentence, for a file that
-    is missing, of an unknown kind, damaged or refused, and one that lists all entries that are missing, unknown or misshaped.
+    Nothing in a file is run, and what it claims of its size is not believed. Raises WeightsError,
+    one sentence, for a file that is missing, of an unknown kind, damaged or refused, and one that
+    lists all entries that are missing, unknown or misshaped.
     """
     variables = checked_variables(path, name, read(path, name))
     return jax.tree.map(lambda array: np.asarray(array, np.float32, order="C"), variables)
 
 
-def checked_variables(path: str | os.PathLike, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def checked_variables(
+    path: str | os.PathLike, name: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """`variables_from_torch`, with the file named in what it raises."""
     try:
         return variables_from_torch(name, arrays)
@@ -49,9 +54,11 @@ def checked_variables(path: str | os.PathLike, name: str, arrays: dict[str, np.n
 
 
 def read(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, under PyTorch's names and in its layout, of the file's dtypes; not yet compared with the net.
+    """The arrays of a file, under PyTorch's names and in its layout, of the file's dtypes; not yet
+    compared with the net.
 
-    Compressed files (.npz and .mat) may come to 1 GiB. WeightsError as for `load`, also where the system refuses to read.
+    Compressed files (.npz and .mat) may come to 1 GiB. WeightsError as for `load`, also where the
+    system refuses to read.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
@@ -64,7 +71,8 @@ def read(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
         return _read_kind(path, name)
     except OSError as error:
         raise WeightsError(
-            f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk."
+            f"{path} cannot be read ({error.strerror or error}); check its permissions and its "
+            f"disk."
         ) from error
 
 
@@ -84,7 +92,9 @@ def save_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> 
     """Writes arrays under their names, of their dtypes, whole or not at all."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)
+    safetensors.numpy.save_file(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, partial
+    )
     partial.replace(path)
 
 
@@ -92,38 +102,58 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path} is damaged, or no safetensors file ({error}); fetch it anew.") from error
+        raise WeightsError(
+            f"{path} is damaged, or no safetensors file ({error}); fetch it anew."
+        ) from error
 
 
 def _read_npz(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
-    """The net's arrays; nothing but their headers is decompressed before they are known to be that net's."""
+    """The net's arrays; nothing but their headers is decompressed before they are known to be that
+    net's.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            shapes = {info.filename.removesuffix(".npy"): _npy_shape(archive, info) for info in archive.infolist()}
+            shapes = {
+                info.filename.removesuffix(".npy"): _npy_shape(archive, info)
+                for info in archive.infolist()
+            }
             size = sum(info.file_size for info in archive.infolist())
             if size > errors.MOST_UNCOMPRESSED:
-                raise ValueError(f"its arrays come to {size} bytes, and {errors.MOST_UNCOMPRESSED} are allowed")
+                raise ValueError(
+                    f"its arrays come to {size} bytes, and {errors.MOST_UNCOMPRESSED} are allowed"
+                )
             check_shapes(name, shapes)
             return {entry: _npy_array(archive, f"{entry}.npy") for entry in shapes}
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # A damaged file can fail in any way.
         reason = str(error)[:200]
-        raise WeightsError(f"{path} is damaged, or no .npz file of plain arrays ({reason}); write it anew.") from error
+        raise WeightsError(
+            f"{path} is damaged, or no .npz file of plain arrays ({reason}); write it anew."
+        ) from error
 
 
 def _npy_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
     """The shape of an entry, which is as long as its header says."""
-    if not info.filename.endswith(".npy") or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if not info.filename.endswith(".npy") or info.compress_type not in (
+        zipfile.ZIP_STORED,
+        zipfile.ZIP_DEFLATED,
+    ):
         raise ValueError(f"{info.filename[:60]} is no array that numpy.savez writes")
     with archive.open(info) as entry:
         version = np.lib.format.read_magic(entry)
-        if version != (1, 0):  # Headers of later ones can be 4 GB long, and are for structured arrays.
+        # Headers of later ones can be 4 GB long, and are for structured arrays.
+        if version != (1, 0):
             raise ValueError(f"{info.filename[:60]} is of version {version} of the format")
         shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
         if dtype.kind not in "biuf":
-            raise ValueError(f"{info.filename[:60]} is of dtype {str(dtype)[:60]}, and real numbers are allowed")
-        if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != info.file_size - entry.tell():
+            raise ValueError(
+                f"{info.filename[:60]} is of dtype {str(dtype)[:60]}, and real numbers are allowed"
+            )
+        if (
+            any(size < 0 for size in shape)
+            or math.prod(shape) * dtype.itemsize != info.file_size - entry.tell()
+        ):
             raise ValueError(f"{info.filename[:60]} is not as long as an array of shape {shape}")
     return shape
 
@@ -147,14 +177,20 @@ def _read_with_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path} is no zip archive; if it is in PyTorch's format from before 1.6, `pip install 'dd_jax[torch]'` lets it be"
+            f"{path} is no zip archive; if it is in PyTorch's format from before 1.6, `pip install "
+            f"'dd_jax[torch]'` lets it be"
             " read, and otherwise it is damaged."
         ) from error
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         tensors = torch_zip.state_dict(path, contents, torch.Tensor)
-        if any(tensor.nbytes > max(tensor.untyped_storage().nbytes(), _MOST_EXPANDED) for tensor in tensors.values()):
-            raise WeightsError(f"{path} has a tensor of more numbers than its storage; call contiguous() on it.")
+        if any(
+            tensor.nbytes > max(tensor.untyped_storage().nbytes(), _MOST_EXPANDED)
+            for tensor in tensors.values()
+        ):
+            raise WeightsError(
+                f"{path} has a tensor of more numbers than its storage; call contiguous() on it."
+            )
         return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     except WeightsError:
         raise

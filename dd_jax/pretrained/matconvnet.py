@@ -1,9 +1,12 @@
-"""MatConvNet's .mat files: SimpleNN nets, in which the authors' reference nets and MatConvNet's own models are stored.
+"""MatConvNet's .mat files: SimpleNN nets, in which the authors' reference nets and MatConvNet's own
+models are stored.
 
-`net.layers{i}.weights` is {filters, biases}, or there are `filters` and `biases` in older files; filters are (height, width, in,
-out), those of linear layers too. A file is `net`, or the fields of one.
+`net.layers{i}.weights` is {filters, biases}, or there are `filters` and `biases` in older files;
+filters are (height, width, in, out), those of linear layers too. A file is `net`, or the fields of
+one.
 
-The authors' own loader turns filters over, height for width, together with their images; upright images want them as stored.
+The authors' own loader turns filters over, height for width, together with their images; upright
+images want them as stored.
 """
 
 import itertools
@@ -24,22 +27,40 @@ _VARIABLES = ("net", "layers")
 _HEADER, _NAME_WITHIN = 128, 1024  # bytes, of a file and of a variable
 _ORDERS = {b"IM": "<", b"MI": ">"}
 _MATRIX, _COMPRESSED = 14, 15  # types of elements, beside those of numbers
-_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_CELL, _STRUCT, _FLOATS = 1, 2, {6: np.dtype(np.float64), 7: np.dtype(np.float32)}  # classes of arrays
+_NUMBERS = {
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}
+# classes of arrays
+_CELL, _STRUCT, _FLOATS = 1, 2, {6: np.dtype(np.float64), 7: np.dtype(np.float32)}
 _MOST_AXES = 8
 _COMPLEX = 0x800  # a flag of arrays
-_MOST_ARRAYS, _MOST_FIELDS, _MOST_LEVELS = 100_000, 1000, 20  # Nets have some hundred arrays, of at most six levels.
+# Nets have some hundred arrays, of at most six levels.
+_MOST_ARRAYS, _MOST_FIELDS, _MOST_LEVELS = 100_000, 1000, 20
 
 
-def read(path: str | os.PathLike, layers: list[str], *, reverse_channels: bool = False) -> dict[str, np.ndarray]:
-    """The weights under PyTorch's names and in its layout; those of linear layers as (out, channels, height, width).
+def read(
+    path: str | os.PathLike, layers: list[str], *, reverse_channels: bool = False
+) -> dict[str, np.ndarray]:
+    """The weights under PyTorch's names and in its layout; those of linear layers as (out,
+    channels, height, width).
 
     Args:
       path: of a file in MATLAB's format 5 to 7; those of 7.3 are HDF5 and refused.
-      layers: names for the layers with weights, in the order in which the net runs through them, because SimpleNN does not
-        need names of its own. Layers beyond them are called "extra1", "extra2", ...
-      reverse_channels: reverses the channels that the first layer reads. MatConvNet turned the filters of Caffe's nets from BGR
-        to RGB when it imported them (import-caffe.py); this turns them back.
+      layers: names for the layers with weights, in the order in which the net runs through them,
+        because SimpleNN does not need names of its own. Layers beyond them are called "extra1",
+        "extra2", ...
+      reverse_channels: reverses the channels that the first layer reads. MatConvNet turned the
+        filters of Caffe's nets from BGR to RGB when it imported them (import-caffe.py); this turns
+        them back.
 
     Raises WeightsError where the file is damaged or holds something else.
     """
@@ -47,18 +68,27 @@ def read(path: str | os.PathLike, layers: list[str], *, reverse_channels: bool =
     try:
         contents = _variables(content)
     except NotImplementedError as error:
-        raise WeightsError(f"{name} is a MATLAB 7.3 file; write it anew with save(..., '-v7').") from error
+        raise WeightsError(
+            f"{name} is a MATLAB 7.3 file; write it anew with save(..., '-v7')."
+        ) from error
     except Exception as error:  # A damaged file can fail in any way.
-        raise WeightsError(f"{name} is damaged, or no MATLAB file ({str(error)[:200]}); fetch it anew.") from error
+        raise WeightsError(
+            f"{name} is damaged, or no MATLAB file ({str(error)[:200]}); fetch it anew."
+        ) from error
     try:
         pairs = list(_weights(contents["net"][0] if "net" in contents else contents))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{name} does not hold a SimpleNN net of MatConvNet ({str(error)[:200]}).") from error
+        raise WeightsError(
+            f"{name} does not hold a SimpleNN net of MatConvNet ({str(error)[:200]})."
+        ) from error
     names = [*layers, *(f"extra{i + 1}" for i in range(len(pairs) - len(layers)))]
     arrays = {}
     for i, (layer, (filters, biases)) in enumerate(zip(names, pairs, strict=False)):
         filters = filters[:, :, ::-1] if reverse_channels and i == 0 else filters
-        arrays |= {f"{layer}.weight": filters.transpose(3, 2, 0, 1), f"{layer}.bias": biases.reshape(-1)}
+        arrays |= {
+            f"{layer}.weight": filters.transpose(3, 2, 0, 1),
+            f"{layer}.bias": biases.reshape(-1),
+        }
     return arrays
 
 
@@ -80,14 +110,19 @@ def _weights(net: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             raise ValueError("a layer has other weights than filters and biases")
         filters, biases = arrays
         if filters.ndim > 4:
-            raise ValueError(f"filters of a layer have shape {filters.shape}, and four axes are allowed")
-        yield filters.reshape(filters.shape + (1,) * (4 - filters.ndim)), biases  # MATLAB drops axes of one at the end.
+            raise ValueError(
+                f"filters of a layer have shape {filters.shape}, and four axes are allowed"
+            )
+        # MATLAB drops axes of one at the end.
+        yield filters.reshape(filters.shape + (1,) * (4 - filters.ndim)), biases
 
 
 def _variables(content: bytes) -> dict[str, Any]:
-    """The variables of a file that may hold a net; raises NotImplementedError for MATLAB 7.3, anything for a damaged file.
+    """The variables of a file that may hold a net; raises NotImplementedError for MATLAB 7.3,
+    anything for a damaged file.
 
-    Not by SciPy, which reserves memory for whatever dimensions are claimed, and which a changed byte can make crash.
+    Not by SciPy, which reserves memory for whatever dimensions are claimed, and which a changed
+    byte can make crash.
     """
     order = _ORDERS.get(content[126:128])
     if order is None:
@@ -110,16 +145,23 @@ def _variables(content: bytes) -> dict[str, Any]:
 
 
 class _Reader:
-    """Arrays out of the bytes after their tags. It raises ValueError or struct.error for damaged ones and more than nets have."""
+    """Arrays out of the bytes after their tags. It raises ValueError or struct.error for damaged
+    ones and more than nets have.
+    """
 
     def __init__(self, order: str):
         self._order, self._arrays, self._bytes = order, 0, 0
 
     def array(self, content: memoryview, level: int) -> Any:
-        """Numbers as an array, a cell array as a list, an array of structures as a list of dictionaries; others as None."""
+        """Numbers as an array, a cell array as a list, an array of structures as a list of
+        dictionaries; others as None.
+        """
         self._arrays += 1
         if self._arrays > _MOST_ARRAYS or level > _MOST_LEVELS:
-            raise ValueError(f"it has more than {_MOST_ARRAYS} arrays, or more than {_MOST_LEVELS} inside each other")
+            raise ValueError(
+                f"it has more than {_MOST_ARRAYS} arrays, or more than {_MOST_LEVELS} inside each "
+                f"other"
+            )
         if not content:
             return np.zeros((0, 0))
         elements = _elements(content, self._order)
@@ -143,29 +185,41 @@ class _Reader:
             arrays.append(self.array(content, level + 1))
         return arrays
 
-    def _structures(self, elements: Iterator[tuple[int, memoryview]], level: int) -> list[dict[str, Any]]:
+    def _structures(
+        self, elements: Iterator[tuple[int, memoryview]], level: int
+    ) -> list[dict[str, Any]]:
         (_, length), (_, names) = itertools.islice(elements, 2)
         length = struct.unpack(f"{self._order}i", length)[0]
         if length < 1 or len(names) // length > _MOST_FIELDS:
             raise ValueError(f"a structure in it has more than {_MOST_FIELDS} fields")
-        fields = [bytes(names[i : i + length]).split(b"\0")[0].decode("latin1") for i in range(0, len(names), length)]
+        fields = [
+            bytes(names[i : i + length]).split(b"\0")[0].decode("latin1")
+            for i in range(0, len(names), length)
+        ]
         values = self._inner(elements, level)
         rows = (values[i : i + len(fields)] for i in range(0, len(values), max(len(fields), 1)))
         return [dict(zip(fields, row, strict=True)) for row in rows]
 
-    def _numbers(self, kind: int, stored: memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    def _numbers(
+        self, kind: int, stored: memoryview, dtype: np.dtype, shape: tuple[int, ...]
+    ) -> np.ndarray:
         """Floats, which MATLAB stores as integers where those are shorter."""
         numbers = np.frombuffer(stored, np.dtype(_NUMBERS[kind]).newbyteorder(self._order))
         self._bytes += numbers.size * dtype.itemsize
         if self._bytes > errors.MOST_UNCOMPRESSED:
-            raise ValueError(f"its arrays come to more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed")
+            raise ValueError(
+                f"its arrays come to more than the {errors.MOST_UNCOMPRESSED} bytes that are "
+                f"allowed"
+            )
         if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) != numbers.size:
             raise ValueError(f"{numbers.size} numbers in it do not make an array of shape {shape}")
         return numbers.astype(dtype).reshape(shape, order="F")
 
 
 def _decompressed(data: memoryview, order: str, most: int) -> memoryview:
-    """A variable with its tag; of one that holds no net, the first bytes alone. ValueError for one of more than `most` bytes."""
+    """A variable with its tag; of one that holds no net, the first bytes alone. ValueError for one
+    of more than `most` bytes.
+    """
     first = memoryview(zlib.decompressobj().decompress(data, _NAME_WITHIN))
     kind, size = struct.unpack_from(f"{order}II", first)
     if kind != _MATRIX:
@@ -173,8 +227,11 @@ def _decompressed(data: memoryview, order: str, most: int) -> memoryview:
     if _name(first, order) not in _VARIABLES:
         return first
     if 8 + size > most:
-        raise ValueError(f"its variables come to more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed")
-    whole = zlib.decompressobj().decompress(data, 8 + size + 1)  # The byte more has the checksum compared.
+        raise ValueError(
+            f"its variables come to more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed"
+        )
+    # The byte more has the checksum compared.
+    whole = zlib.decompressobj().decompress(data, 8 + size + 1)
     if len(whole) < 8 + size:
         raise ValueError("it is truncated")
     return memoryview(whole)[: 8 + size]
@@ -187,12 +244,16 @@ def _name(variable: memoryview, order: str) -> str:
 
 
 def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
-    """The elements that fill some bytes: type and content. ValueError or struct.error where they do not fill them."""
+    """The elements that fill some bytes: type and content. ValueError or struct.error where they do
+    not fill them.
+    """
     position = 0
     while position < len(data):
         kind, size = struct.unpack_from(f"{order}II", data, position)
         small = kind >> 16  # bytes of content, which are then in the tag
-        start, kind, size = (position + 4, kind & 0xFFFF, small) if small else (position + 8, kind, size)
+        start, kind, size = (
+            (position + 4, kind & 0xFFFF, small) if small else (position + 8, kind, size)
+        )
         position = start + (4 if small else size if kind == _MATRIX else -(-size // 8) * 8)
         if small > 4 or position > len(data):
             raise ValueError("it is truncated, or damaged")

@@ -2,8 +2,9 @@
 
     python tests/golden/cut.py FOLDER_OF_FULL_VECTORS
 
-Writes one small `.npz` per net beside this file. Parameters are stored as float16 (they are float16-representable) and
-gradients only for parameters of at most 100,000 entries, which keeps the folder at a few MB.
+Writes one small `.npz` per net beside this file. Parameters are stored as float16 (they are
+float16-representable) and gradients only for parameters of at most 100,000 entries, which keeps the
+folder at a few MB.
 """
 
 import pathlib
@@ -13,7 +14,16 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 LARGEST_GRADIENT = 100_000
-KEPT = ("input/", "hyper/", "clean/", "deepfool/", "loss/", "grad/regularizer", "grad/total", "fixed_source/")
+KEPT = (
+    "input/",
+    "hyper/",
+    "clean/",
+    "deepfool/",
+    "loss/",
+    "grad/regularizer",
+    "grad/total",
+    "fixed_source/",
+)
 DROPPED = ("deepfool/step_norm", "deepfool/input_l2", "deepfool/l2")
 
 
@@ -24,8 +34,14 @@ def cut_attack_vectors(source: pathlib.Path, name: str) -> None:
         value = full[key]
         if key.startswith("param/"):
             kept[key] = value.astype(np.float16)
-            assert np.array_equal(kept[key].astype(value.dtype), value), f"{key} is not float16-representable"
-        elif key.startswith(KEPT) and key not in DROPPED and (value.size <= LARGEST_GRADIENT or "grad/" not in key):
+            assert np.array_equal(kept[key].astype(value.dtype), value), (
+                f"{key} is not float16-representable"
+            )
+        elif (
+            key.startswith(KEPT)
+            and key not in DROPPED
+            and (value.size <= LARGEST_GRADIENT or "grad/" not in key)
+        ):
             kept[key] = value
     np.savez_compressed(HERE / f"{name}.npz", **kept)
 

@@ -1,10 +1,12 @@
-"""Makes imagenet_logits.json: what PyTorch computes with the nets for ImageNet, weights and images drawn by NumPy from a seed.
+"""Makes imagenet_logits.json: what PyTorch computes with the nets for ImageNet, weights and images
+drawn by NumPy from a seed.
 
     pip install torch==2.13.0 numpy
     python tests/golden/make_imagenet_logits.py
 
-Weights are not stored: `state_dict` and `image` draw them again in the test, under PyTorch's names and in PyTorch's layout. The
-nets are written out here, with the names of torchvision's and Caffe's layers; torchvision 0.28's own definitions give the same.
+Weights are not stored: `state_dict` and `image` draw them again in the test, under PyTorch's names
+and in PyTorch's layout. The nets are written out here, with the names of torchvision's and Caffe's
+layers; torchvision 0.28's own definitions give the same.
 """
 
 import json
@@ -15,13 +17,18 @@ import numpy as np
 HERE = pathlib.Path(__file__).parent
 SEED = 20181203
 CLASSES = (0, 1, 2, 3, 500, 997, 998, 999)  # whose logits are stored
-PIXELS = (0, 1, 2, 57, 110, 111, 112, 200)  # the rows, and the columns, at which gradients are stored
-CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # grey levels, BGR
+# the rows, and the columns, at which gradients are stored
+PIXELS = (0, 1, 2, 57, 110, 111, 112, 200)
+CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # gray levels, BGR
 TORCH_MEAN, TORCH_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
-def state_dict(shapes: dict[str, tuple[int, ...]], head: str, head_scale: float) -> dict[str, np.ndarray]:
-    """Weights for PyTorch's names and shapes, drawn in the order of the names; `head` is the last layer's name."""
+def state_dict(
+    shapes: dict[str, tuple[int, ...]], head: str, head_scale: float
+) -> dict[str, np.ndarray]:
+    """Weights for PyTorch's names and shapes, drawn in the order of the names; `head` is the last
+    layer's name.
+    """
     generator = np.random.default_rng(SEED)
     arrays = {}
     for name in sorted(shapes):
@@ -40,15 +47,21 @@ def state_dict(shapes: dict[str, tuple[int, ...]], head: str, head_scale: float)
 
 
 def image(size: int) -> np.ndarray:
-    """A picture in grey levels, integers from 0 to 255, (height, width, 3): waves and noise, different in each channel."""
+    """A picture in gray levels, integers from 0 to 255, (height, width, 3): waves and noise,
+    different in each channel.
+    """
     generator = np.random.default_rng(SEED + size)
     row, column = np.ogrid[:size, :size]
     waves = [np.sin(row / (5 + 3 * i) + i) * np.cos(column / (9 - 2 * i)) for i in range(3)]
-    return np.round(np.clip(128 + 80 * np.stack(waves, -1) + 20 * generator.standard_normal((size, size, 3)), 0, 255))
+    return np.round(
+        np.clip(
+            128 + 80 * np.stack(waves, -1) + 20 * generator.standard_normal((size, size, 3)), 0, 255
+        )
+    )
 
 
 def caffe_input(levels: np.ndarray) -> np.ndarray:
-    """What Caffe's AlexNet takes: RGB to BGR, minus the mean, still in grey levels."""
+    """What Caffe's AlexNet takes: RGB to BGR, minus the mean, still in gray levels."""
     return levels[:, :, ::-1] - np.array(CAFFE_MEAN)
 
 
@@ -57,8 +70,8 @@ def torchvision_input(levels: np.ndarray) -> np.ndarray:
     return (levels / 255 - np.array(TORCH_MEAN)) / np.array(TORCH_STD)
 
 
-# From the name of each net to the side of its images, what makes its input, its last layer, and a scale for that layer's
-# weights at which logits are of the order of one.
+# From the name of each net to the side of its images, what makes its input, its last layer, and a
+# scale for that layer's weights at which logits are of the order of one.
 NETS = {
     "alexnet": (227, caffe_input, "fc8", 0.02),
     "alexnet_torchvision": (224, torchvision_input, "classifier.6", 0.25),
@@ -79,7 +92,11 @@ def _modules() -> dict:
             self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
             self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=2)
             self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=2)
-            self.fc6, self.fc7, self.fc8 = nn.Linear(9216, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1000)
+            self.fc6, self.fc7, self.fc8 = (
+                nn.Linear(9216, 4096),
+                nn.Linear(4096, 4096),
+                nn.Linear(4096, 1000),
+            )
 
         def forward(self, x):
             for layer in (self.conv1, self.conv2):
@@ -141,21 +158,30 @@ def _modules() -> dict:
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
-    return {"alexnet": CaffeAlexNet, "alexnet_torchvision": TorchvisionAlexNet, "resnet18": ResNet18}
+    return {
+        "alexnet": CaffeAlexNet,
+        "alexnet_torchvision": TorchvisionAlexNet,
+        "resnet18": ResNet18,
+    }
 
 
 def figures(name: str, module) -> dict:
     """Logits, an input gradient and a gradient of that gradient, in float64.
 
-    input_gradient: of logit 0 minus logit 1, in what the net of this library takes (Caffe's grey levels / 255).
+    input_gradient: of logit 0 minus logit 1, in what the net of this library takes (Caffe's gray
+      levels / 255).
     double_gradient: of the sum of its squares, in the first layer's weights.
     """
     import torch
 
     size, make_input, head, head_scale = NETS[name]
-    shapes = {entry: tuple(value.shape) for entry, value in module.state_dict().items() if value.ndim}
+    shapes = {
+        entry: tuple(value.shape) for entry, value in module.state_dict().items() if value.ndim
+    }
     arrays = state_dict(shapes, head, head_scale)
-    module.load_state_dict({entry: torch.from_numpy(array) for entry, array in arrays.items()}, strict=False)
+    module.load_state_dict(
+        {entry: torch.from_numpy(array) for entry, array in arrays.items()}, strict=False
+    )
     module.double().eval()
     unit = 255.0 if name == "alexnet" else 1.0
     x = torch.from_numpy(make_input(image(size)).transpose(2, 0, 1)[None] / unit).requires_grad_()
@@ -182,7 +208,9 @@ def main() -> None:
     torch.set_num_threads(2)
     nets = {name: figures(name, module()) for name, module in _modules().items()}
     made_with = f"torch {torch.__version__}, numpy {np.__version__}, seed {SEED}"
-    (HERE / "imagenet_logits.json").write_text(json.dumps({"made_with": made_with, "nets": nets}, indent=1) + "\n")
+    (HERE / "imagenet_logits.json").write_text(
+        json.dumps({"made_with": made_with, "nets": nets}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Makes torch_tensors.pth and torch_tensors_legacy.pth: what torch.save writes, for the readers of files to be tested on.
+"""Makes torch_tensors.pth and torch_tensors_legacy.pth: what torch.save writes, for the readers of
+files to be tested on.
 
     pip install torch==2.13.0 numpy
     python tests/golden/make_torch_files.py
@@ -29,11 +30,17 @@ CONTENTS = {  # From the name of each tensor to its values and its dtype in the 
 
 
 def main() -> None:
-    """Writes both files; in the zip file the state dict lies in a checkpoint, as training scripts write them."""
+    """Writes both files; in the zip file the state dict lies in a checkpoint, as training scripts
+    write them.
+    """
     import torch
 
-    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, (value, _) in CONTENTS.items()}
-    tensors = {name: tensor.to(getattr(torch, CONTENTS[name][1])) for name, tensor in tensors.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(value, order="C")) for name, (value, _) in CONTENTS.items()
+    }
+    tensors = {
+        name: tensor.to(getattr(torch, CONTENTS[name][1])) for name, tensor in tensors.items()
+    }
     count = tensors["of_float32"]
     tensors["parameter"] = torch.nn.Parameter(tensors["parameter"])
     tensors["transposed"] = count.permute(2, 0, 1)  # shares its storage
@@ -42,7 +49,10 @@ def main() -> None:
     state = collections.OrderedDict((f"module.{name}", tensor) for name, tensor in tensors.items())
     state._metadata = {"": {"version": 1}}  # as in the state dicts of modules
     optimizer = torch.optim.SGD([tensors["parameter"]], lr=0.1, momentum=0.9).state_dict()
-    torch.save({"epoch": 3, "state_dict": state, "optimizer": optimizer, "best": None}, HERE / "torch_tensors.pth")
+    torch.save(
+        {"epoch": 3, "state_dict": state, "optimizer": optimizer, "best": None},
+        HERE / "torch_tensors.pth",
+    )
     torch.save(tensors, HERE / "torch_tensors_legacy.pth", _use_new_zipfile_serialization=False)
 
 

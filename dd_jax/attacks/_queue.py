@@ -1,0 +1,86 @@
+"""The work queue that the attacks share.
+
+Examples stop after different numbers of steps. The loop of an attack therefore takes its work from
+a queue: each turn gathers a fixed number of examples that are still active, whatever step each of
+them is at, takes one step for each, and puts them back. An example that has stopped costs nothing
+more, and one compiled loop body serves all. Results do not depend on it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from dd_jax.xla.closure_convert import (
+    ApplyFn,
+    Closure,
+    Traces,
+    closure_convert,
+    rows_are_interchangeable,
+)
+from dd_jax.xla.rewrite import operations
+
+# How many turns of the queue take one step of a whole batch, by backend; measured.
+TURNS_PER_BATCH = {"cpu": 4}
+SMALLEST_TURN = {"cpu": 4}  # Fewer rows than this do not fill the device.
+DEFAULT_SMALLEST_TURN = 64
+# Operations of a turn's forward pass: with fewer, small products run below their speed.
+LEAST_WORK = {"cpu": 4e7}
+MOST_WORK = {"cpu": 4e9}  # With more, rows only wait for one another.
+LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
+
+
+class Turns(NamedTuple):
+    """How many examples share a turn, and how many once no more than `num_last_rows` are active."""
+
+    num_rows: int
+    num_last_rows: int
+
+
+def plan_turns(
+    traces: Traces, batch: int, rewrite: bool | None = None
+) -> tuple[ApplyFn, Closure, Turns]:
+    """Chooses how many examples share a turn, and gives the net for that many."""
+    backend, work = jax.default_backend(), operations(traces.of(batch).jaxpr)
+    num_turns = max(TURNS_PER_BATCH.get(backend, 1), int(work // MOST_WORK.get(backend, math.inf)))
+    num_turns = min(num_turns, max(1, int(work // LEAST_WORK.get(backend, 1))))
+    num_rows = max(-(-batch // num_turns), SMALLEST_TURN.get(backend, DEFAULT_SMALLEST_TURN))
+    if num_rows >= batch or not rows_are_interchangeable(traces, batch, num_rows):
+        num_rows = batch
+    last_rows = num_rows if num_rows == batch else max(1, num_rows // LAST_TURN_SHARE)
+    if last_rows != num_rows and not rows_are_interchangeable(traces, batch, last_rows):
+        last_rows = num_rows
+    turns = Turns(num_rows, last_rows)
+    return *closure_convert(traces, *turns, rewrite=rewrite), turns
+
+
+def run_turns(
+    turn: Callable[[Any, int], Any], num_active: Callable, state: Any, turns: Turns
+) -> Any:
+    """Takes turns, `turn(state, num_rows) -> state`, until `num_active(state)` is 0."""
+    few = turns.num_last_rows if turns.num_last_rows < turns.num_rows else 0
+    goes_on, all_rows = lambda state: num_active(state) > few, turns.num_rows
+    state = lax.while_loop(goes_on, lambda state: turn(state, all_rows), state)
+    if few:
+        state = lax.while_loop(lambda state: num_active(state) > 0, lambda s: turn(s, few), state)
+    return state
+
+
+def next_rows(
+    priority: Int[Array, " batch"], num_rows: int
+) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    """Takes the `num_rows` examples of highest priority off the queue.
+
+    Returns the rows to read and the rows to write to. Where fewer than `num_rows` have a positive
+    priority, the rest are read but written nowhere (their index is out of range, and the writer
+    drops it).
+    """
+    batch = priority.shape[0]
+    if num_rows == batch:  # Nothing to choose: every row stays where it is.
+        return jnp.arange(batch), jnp.where(priority > 0, jnp.arange(batch), batch)
+    highest, rows = lax.top_k(priority, num_rows)
+    return rows, jnp.where(highest > 0, rows, batch)

@@ -1,0 +1,353 @@
+"""Measures a net on a whole data set: batches of one shape, results on the host, sums until the
+end.
+
+    measure          any subset of the measurements of `dd_jax.evaluation.metrics`, and PASS
+    fgsm_accuracy     accuracy under FGSM at given epsilons
+    half_epsilon     the epsilon at which half of the images are misclassified under FGSM
+
+What runs on the device is compiled once per net and settings. The weights are arguments of it, so
+that asking again after every epoch compiles nothing. Memory is that of one batch.
+
+Every measurement is two programs: `attack(shared, batch)` finds perturbations, `judge(shared,
+batch, found)` asks the net again about each of them and gives `(sums, rows)`. One function,
+`compile_fn`, compiles the two, apart from one another, into what is
+run: `in_two_programs`, or what gives every device a share of the batch, adds up the sums and puts
+the rows back together. `shared` holds the weights and all else that is the same for every example.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, Shaped
+
+from dd_jax.data import Examples
+from dd_jax.evaluation import metrics
+from dd_jax.evaluation.measurements import (
+    Found,
+    Problem,
+    Settings,
+    curve_epsilons,
+    fgsm_direction,
+    fooled_along,
+)
+from dd_jax.evaluation.metrics import Summary, Sums
+from dd_jax.evaluation.pass_score import pass_scores
+from dd_jax.evaluation.verification import predicted_classes
+from dd_jax.log import progress
+
+Bounds = Sequence[Array | np.ndarray | float]
+ToImages = Callable[[np.ndarray], np.ndarray]
+ApplyFn = Callable[[Any, Array], Array]
+"""(variables, inputs) -> logits. Hashable and always the same object, or it is compiled again: no
+fresh lambdas.
+"""
+Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
+Shared, Batch = Mapping[str, Any], Mapping[str, Array]
+BatchFn = Callable[[Shared, Batch], tuple[Any, Rows | None]]
+"""(what all examples share, a batch) -> (sums over the examples, what is needed of each example if
+anything).
+"""
+AttackFn = Callable[[Shared, Batch], Any]
+JudgeFn = Callable[[Shared, Batch, Any], tuple[Any, Rows | None]]
+CompileFn = Callable[[AttackFn, JudgeFn], BatchFn]
+
+
+def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
+    """Both compiled, each by itself: what the judge says does not depend on how the attack was
+    compiled.
+    """
+    compiled_attack, compiled_judge = jax.jit(attack), jax.jit(judge)
+    return lambda shared, batch: compiled_judge(shared, batch, compiled_attack(shared, batch))
+
+
+NAMES = (*metrics.MEASUREMENTS, "pass")
+
+
+BATCH_SIZE = 500
+# Of the first search for `half_epsilon`; later ones have as many points.
+GRID_SIZE, GRID_SPAN = 16, 1000.0
+PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
+
+
+def measure(
+    apply_fn: ApplyFn,
+    variables: Any,
+    examples: Examples,
+    *,
+    settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
+    names: Sequence[str] = ("deepfool",),
+    limit: int | None = None,
+    carlini_wagner_examples: int | None = 500,
+    batch_size: int = BATCH_SIZE,
+    bounds: Bounds | None = None,
+    box: Bounds | None = None,
+    to_images: ToImages | None = None,
+    description: str = "measuring",
+    show_progress: bool = True,
+    compile_fn: CompileFn = in_two_programs,
+) -> Summary:
+    """Accuracy, and what the named measurements give.
+
+    Args:
+      apply_fn, variables: the net, `apply_fn(variables, inputs) -> logits`, row by row; variables
+        may be any pytree.
+      examples: what to measure on; `in_memory(inputs, labels)`.
+      settings: options of the attacks.
+      names: of NAMES. Whichever are asked for, each gives the same.
+      limit: measure the first `limit` examples only.
+      carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
+      batch_size: how many are attacked at once; no figure depends on it, but for PGD's from random
+        starts.
+      bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGSM and
+        PGD. None: they go where they like.
+      box: the same for C&W, which needs one. None: the bounds, or else the least and the greatest
+        value among all inputs.
+      to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
+      description: in front of the progress bars.
+      show_progress: whether there are any.
+      compile_fn: see the module's docstring; always the same object, like `apply_fn`.
+
+    Returns:
+      By name: "num_examples", then the figures of `metrics.summarize`; "fgsm": also "fgsm_curve",
+      {"epsilons": [...], "success": [...]}; "carlini_wagner": also "carlini_wagner_examples";
+      "pass": DeepFool's figures, "pass", which is PASS of its examples, and "pass_unaligned", the
+      share of those that could not be aligned. It can be written as JSON.
+
+    Raises:
+      ValueError: no examples, an unknown name, PASS without `to_images`, or options that make no
+        sense.
+    """
+    metrics.check_names(names, NAMES)
+    if "pass" in names and to_images is None:
+        raise ValueError(
+            "PASS compares images, and whitened inputs are none: give to_images, or leave 'pass' "
+            "out."
+        )
+    if carlini_wagner_examples is not None and carlini_wagner_examples < 1:
+        raise ValueError(
+            f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or None "
+            f"for all."
+        )
+    examples = limited(examples, limit)
+
+    def summary(
+        names: Sequence[str], examples: Examples, description: str, bounds: Bounds | None
+    ) -> Summary:
+        batch_fn = compiled_sums(apply_fn, tuple(names), settings, compile_fn)
+        shared = {"variables": variables, "bounds": broadcast(bounds, examples.shape)}
+        total = None
+        for i, batch in enumerate(batches(examples, batch_size, description, show_progress)):
+            sums, rows = jax.device_get(batch_fn(shared | {"key": random_key(settings, i)}, batch))
+            sums = jax.tree.map(np.float64, sums)
+            if rows is not None:
+                sums = sums._replace(figures=sums.figures | sums_of_pass(rows, to_images))
+            total = sums if total is None else metrics.add(total, sums)
+        return metrics.summarize(total)
+
+    slow = "carlini_wagner"
+    found = summary([name for name in names if name != slow], examples, description, bounds)
+    if slow in names:
+        given = box if box is not None else bounds
+        few = limited(examples, carlini_wagner_examples)
+        by_slow = summary(
+            [slow], few, f"{description} (C&W)", examples.limits if given is None else given
+        )
+        found[f"{slow}_examples"] = by_slow.pop("num_examples")
+        found |= {name: value for name, value in by_slow.items() if name not in found}
+    if "fgsm" in names:
+        found["fgsm_curve"] = {"epsilons": curve_epsilons(settings), "success": found["fgsm_curve"]}
+    return found
+
+
+def fgsm_accuracy(
+    apply_fn: ApplyFn,
+    variables: Any,
+    examples: Examples,
+    epsilons: Sequence[float],
+    *,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    bounds: Bounds | None = None,
+    description: str = "accuracy under FGSM",
+    show_progress: bool = True,
+    compile_fn: CompileFn = in_two_programs,
+) -> list[float]:
+    """The accuracy under FGSM (linf) at each epsilon; what is misclassified anyway counts as such.
+
+    epsilons: in the units of the inputs, 0 or more, in any order; compiled once for every number of
+      them. The rest, and
+    what raises: as in `measure`.
+    """
+    examples = limited(examples, limit)
+    if len(epsilons) == 0 or not min(epsilons) >= 0:
+        raise ValueError(
+            f"epsilons must be one number or more, each 0 or more; got {list(epsilons)}."
+        )
+    batch_fn = compiled_curve(apply_fn, compile_fn)
+    box = broadcast(bounds, examples.shape)
+    shared = {"variables": variables, "bounds": box, "epsilons": np.asarray(epsilons, np.float32)}
+    num_right, num_examples = np.zeros(len(epsilons), np.int64), 0
+    for batch in batches(examples, batch_size, description, show_progress):
+        right, seen = batch_fn(shared, batch)[0]
+        num_right, num_examples = num_right + np.asarray(right), num_examples + int(seen)
+    return (num_right / max(num_examples, 1)).tolist()
+
+
+def half_epsilon(
+    apply_fn: ApplyFn,
+    variables: Any,
+    examples: Examples,
+    *,
+    max_epsilon: float = 1.0,
+    description: str = "epsilon of 50 %",
+    **options: Any,
+) -> float | None:
+    """The smallest epsilon at which FGSM (linf) has at least half of the images misclassified.
+
+    A geometric grid from max_epsilon / 1000 to max_epsilon is searched for the first epsilon at
+    which it is so, then the interval below that by evenly spaced grids, over again. FGSM that fools
+    may fail at a larger epsilon; where the share rises above a half and falls below again between
+    two points, that is missed. What is misclassified anyway counts.
+
+    Args:
+      apply_fn, variables, examples: as in `measure`.
+      max_epsilon: in the units of the inputs, more than 0.
+      description, options: of `fgsm_accuracy`.
+
+    Returns:
+      epsilon, at most 0.1 % too large (below max_epsilon / 10^6: at most by that). 0.0 where half
+      of the images are misclassified as they are; None where max_epsilon does not suffice.
+    """
+    if not max_epsilon > 0:
+        raise ValueError(f"max_epsilon is {max_epsilon}; it must be more than 0.")
+
+    def first_fall(grid: Sequence[float]) -> int:
+        """The place in the grid of the first epsilon at which half of the images have fallen; after
+        its end if none.
+        """
+        found = fgsm_accuracy(
+            apply_fn, variables, examples, grid, description=description, **options
+        )
+        return [*(accuracy <= 0.5 for accuracy in found), True].index(True)
+
+    grid = [0.0, *np.geomspace(max_epsilon / GRID_SPAN, max_epsilon, GRID_SIZE - 1).tolist()]
+    first = first_fall(grid)
+    if first == 0:
+        return 0.0
+    if first == GRID_SIZE:
+        return None
+    low, high = grid[first - 1 : first + 1]
+    while high - low > PRECISION * high and high > SMALLEST * max_epsilon:
+        grid = np.linspace(low, high, GRID_SIZE + 2)[1:-1].tolist()
+        first = first_fall(grid)
+        low, high = [low, *grid][first], [*grid, high][first]
+    return high
+
+
+@lru_cache(maxsize=32)
+def compiled_sums(
+    apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings, compile_fn: CompileFn
+) -> BatchFn:
+    """The compiled function from a batch to its `metrics.Sums`, and to DeepFool's perturbations if
+    PASS is asked for.
+    """
+    on_device = tuple(dict.fromkeys("deepfool" if name == "pass" else name for name in names))
+
+    def problem(shared: Shared, batch: Batch) -> Problem:
+        logits_fn = partial(apply_fn, shared["variables"])
+        return Problem(logits_fn, batch["image"], batch["label"], shared["bounds"], shared["key"])
+
+    def attack(shared: Shared, batch: Batch) -> Found:
+        return metrics.attack(problem(shared, batch), names=on_device, settings=settings)
+
+    def judge(shared: Shared, batch: Batch, found: Found) -> tuple[Sums, Rows | None]:
+        judged = metrics.judge(problem(shared, batch), found, settings=settings)
+        rows = None
+        if "pass" in names:
+            rows = {name: batch[name] for name in ("image", "mask")} | {
+                "perturbation": found["deepfool"].perturbation
+            }
+        return metrics.sum_up(judged, batch["mask"]), rows
+
+    return compile_fn(attack, judge)
+
+
+@lru_cache(maxsize=32)
+def compiled_curve(apply_fn: ApplyFn, compile_fn: CompileFn) -> BatchFn:
+    """The compiled function from a batch to how many are classified rightly under FGSM, for each
+    epsilon.
+    """
+
+    def attack(shared: Shared, batch: Batch) -> Array:
+        return fgsm_direction(
+            partial(apply_fn, shared["variables"]), batch["image"], batch["label"]
+        )
+
+    def judge(shared: Shared, batch: Batch, direction: Array) -> tuple[tuple[Array, Array], None]:
+        logits_fn = partial(apply_fn, shared["variables"])
+        problem = Problem(logits_fn, batch["image"], batch["label"], shared["bounds"], None)
+        predicted = predicted_classes(logits_fn, batch["image"])
+        fooled = fooled_along(problem, predicted, direction, shared["epsilons"])
+        counts = batch["mask"] > 0
+        return (jnp.sum(~fooled & counts[None], axis=1), jnp.sum(counts)), None
+
+    return compile_fn(attack, judge)
+
+
+def batches(
+    examples: Examples, batch_size: int, description: str, show_progress: bool
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """All examples in batches of one shape, with a progress bar that moves when a batch is done."""
+    # Others are refused below.
+    batch_size = max(1, min(batch_size, examples.count)) if batch_size > 0 else batch_size
+    with progress(description, examples.count, "image", disable=not show_progress) as bar:
+        for batch in examples.batches(examples.count, batch_size):
+            yield batch
+            bar.update(min(batch_size, bar.total - bar.n))
+
+
+def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
+    """The sums of PASS, and of how many could not be aligned, over the rows whose mask is 1."""
+    counts = rows["mask"] > 0
+    inputs = rows["image"][counts]
+    scores, aligned = pass_scores(
+        to_images(inputs), to_images(inputs + rows["perturbation"][counts])
+    )
+    return {"pass": np.sum(scores), "pass_unaligned": np.float64(np.sum(~aligned))}
+
+
+def random_key(settings: Settings, batch_index: int) -> PRNGKeyArray | None:
+    """For the random starts of a batch; None if there are to be none."""
+    return (
+        None
+        if settings.pgd_seed is None
+        else jax.random.fold_in(jax.random.key(settings.pgd_seed), batch_index)
+    )
+
+
+def limited(examples: Examples, limit: int | None) -> Examples:
+    """The first `limit` examples, all of them if it is None. ValueError where there are none."""
+    count = examples.count if limit is None else min(limit, examples.count)
+    if count < 1:
+        raise ValueError("There is no example to measure: the data set is empty or its limit is 0.")
+    return examples._replace(count=count)
+
+
+def broadcast(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[np.ndarray, ...] | None:
+    """Bounds of one example, from numbers or from arrays that broadcast to a batch."""
+    if bounds is None:
+        return None
+    try:
+        return tuple(
+            np.broadcast_to(np.asarray(bound, np.float32), (1, *shape))[0] for bound in bounds
+        )
+    except ValueError as error:
+        shapes = " and ".join(str(np.shape(bound)) for bound in bounds)
+        raise ValueError(
+            f"bounds have the shapes {shapes}; they must be numbers or broadcast to one input, "
+            f"{shape}."
+        ) from error

@@ -1,0 +1,127 @@
+"""What train.py and evaluate.py share: one clear sentence instead of a traceback for what the user
+can mend, and processes.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+from dd_jax import parallel
+from dd_jax.data import DataError
+from dd_jax.experiment.configuration import ConfigurationError
+from dd_jax.parallel import Terminated
+from dd_jax.pretrained import WeightsError
+from dd_jax.training.checkpoints import DamagedCheckpointError
+from dd_jax.training.train_step import DivergenceError
+
+USER_ERRORS = (
+    ConfigurationError,
+    DamagedCheckpointError,
+    DataError,
+    DivergenceError,
+    WeightsError,
+    FileNotFoundError,
+)
+Prepared = TypeVar("Prepared")
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring as its help."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a run on several machines."""
+    group = parser.add_argument_group(
+        "several machines: the same command on each, on one shared file system"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of this SLURM or TPU job",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, where nothing tells by itself"
+    )
+    group.add_argument("--num_processes", type=int)
+    group.add_argument("--process_id", type=int, help="from 0")
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the other processes, if the arguments say that there are any. ConfigurationError if
+    they contradict.
+    """
+    given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.distributed or any(x is not None for x in given):
+        try:
+            parallel.initialize(*given)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
+
+def prepared_by_all(prepare: Callable[[], Prepared]) -> Prepared:
+    """What `prepare` returns, once all processes have got theirs; no process goes on where it fails
+    for another.
+
+    Raises:
+      One of USER_ERRORS: this process's own, or a ConfigurationError where only others failed.
+    """
+    result, error = None, None
+    try:
+        result = prepare()
+    except USER_ERRORS as own:
+        error = own
+    if parallel.any_of_us(error is not None):
+        raise error or ConfigurationError("Another process cannot begin; what it says tells why.")
+    return result
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def say(text: str) -> None:
+    """Prints at once; of several processes, one does."""
+    if parallel.is_primary():
+        print(text, flush=True)
+
+
+def run(main: Callable[[], None], remark: str = "") -> None:
+    """Runs a script's main function: exit code 1 with one sentence for errors of use, 130 when
+    interrupted, 143 when asked to end (SIGTERM). One of several processes that fails ends without
+    waiting for the others. `remark`: to be said on stderr before.
+    """
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
+    try:
+        main()
+    except USER_ERRORS as error:
+        _end(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _end("\nStopped. The same command goes on from the latest checkpoint.", INTERRUPTED)
+    # All processes end so, after the same step: they can wait for each other.
+    except Terminated as reason:
+        print(f"\n{reason} The same command goes on from there.", file=sys.stderr)
+        sys.exit(TERMINATED)
+    except Exception:
+        if parallel.is_one_of_several():
+            _end(traceback.format_exc(), 1)
+        raise
+
+
+def _end(text: str, code: int) -> None:
+    print(text, file=sys.stderr)
+    if parallel.is_one_of_several():
+        parallel.end_process(code)
+    sys.exit(code)

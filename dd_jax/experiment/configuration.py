@@ -1,0 +1,265 @@
+"""Reads a configuration file, applies overrides from the command line, checks it, and keeps it with
+the run.
+
+Everything that can be wrong with a configuration becomes a ConfigurationError of one sentence: what
+was wrong, what is allowed, what to do.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dd_jax import defenses, models, training
+from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
+from dd_jax.norms import NORMS
+
+FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
+NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers")  # May differ from one machine to the next.
+
+
+class ConfigurationError(ValueError):
+    """One sentence for the person who wrote the configuration or the command."""
+
+
+CHOICES = {
+    "model.name": models.NAMES,
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "data.name": (*SOURCES, *STREAMED_SOURCES),
+    "data.preprocessing": ("paper", *PREPROCESSINGS),
+    "defense.name": defenses.NAMES,
+    "defense.norm": NORMS,
+    "reference.schedule": tuple(training.SCHEDULES),
+    "fine_tuning.schedule": tuple(training.SCHEDULES),
+}
+NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
+# Of the evaluation's DeepFool too, whatever the defense. 0: none.
+CLASS_LIMITS = ("num_candidates", "class_chunk_size")
+AT_LEAST_ONE = (
+    "batch_size",
+    "num_steps",
+    "accumulation_steps",
+    "num_binary_search_steps",
+    "carlini_wagner_examples",
+)
+MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
+
+
+def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration in a Python file (`get_config()`), with overrides like
+    `--config.defense.correct_scale=30`.
+
+    ConfigurationError for whatever makes no sense, and for an override of an option that the chosen
+    defense does not take. A file may set the options of all defenses.
+    """
+    config = _load(pathlib.Path(path))
+    for override in overrides:
+        _apply(config, override)
+    check(config)
+    _check_taken(config.defense.name, overrides)
+    return config
+
+
+def is_taken(option: str, defense: str) -> bool:
+    """Whether `defense.OPTION` makes a difference to a run with that defense, or to its
+    evaluation.
+    """
+    return option in CLASS_LIMITS or option in defenses.option_names(defense)
+
+
+def defense_option(override: str) -> str | None:
+    """The option of a defense that an override sets; None where it sets another field, or the
+    defense itself.
+    """
+    section, _, option = override.partition("=")[0].removeprefix("--config.").partition(".")
+    return option if section == "defense" and option != "name" else None
+
+
+def _check_taken(defense: str, overrides: Sequence[str]) -> None:
+    given = dict.fromkeys(option for override in overrides if (option := defense_option(override)))
+    others = {
+        f"defense.{option}": ", ".join(name for name in defenses.NAMES if is_taken(option, name))
+        or "none"
+        for option in given
+        if not is_taken(option, defense)
+    }
+    if others:
+        listed = ", ".join(f"{field} (which is for {names})" for field, names in others.items())
+        raise ConfigurationError(
+            f"The defense {defense!r} does not take {listed}; leave it out, or choose another "
+            f"defense.name."
+        )
+
+
+def _load(path: pathlib.Path) -> ConfigDict:
+    if not path.is_file():
+        others = (
+            sorted(str(p) for p in path.parent.glob("[!_]*.py")) if path.parent.is_dir() else []
+        )
+        hint = f"; there are {', '.join(others)}" if others else ""
+        raise ConfigurationError(f"There is no configuration file {path}{hint}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    # Whatever the file does wrong is the user's to know, without our traceback.
+    except Exception as error:
+        raise ConfigurationError(
+            f"The configuration file {path} cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigurationError(
+            f"get_config() in {path} gives a {type(config).__name__}; it must give a ConfigDict."
+        )
+    return config
+
+
+def _apply(config: ConfigDict, override: str) -> None:
+    name, separator, text = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not separator:
+        raise ConfigurationError(
+            f"The argument {override!r} is not understood; overrides look like --config.seed=1, "
+            f"--help lists the rest."
+        )
+    fields = flatten(config)
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else f"there are {', '.join(sorted(fields))}."
+        )
+        raise ConfigurationError(f"There is no field {name!r} in the configuration; {hint}")
+    config.update_from_flattened_dict({name: _convert(name, text, fields[name])})
+
+
+def _convert(name: str, text: str, present: Any) -> Any:
+    """The override's text as the type that the field has."""
+    if isinstance(present, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, TypeError):
+        value = text
+    if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(present):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(present)]
+        raise ConfigurationError(f"{name} is {text!r}; it must be {kind}, such as {present}.")
+    return value
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for name, value in config.items():
+        inner = isinstance(value, (ConfigDict, dict))
+        flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+    return flat
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigurationError for the first value that makes no sense."""
+    fields = flatten(config)
+    missing = sorted(CHOICES.keys() - fields.keys())
+    if missing:
+        raise ConfigurationError(
+            f"The configuration has no {', '.join(missing)}; begin with configs/default.py."
+        )
+    for name, value in fields.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ConfigurationError(
+                f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}."
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.endswith(AT_LEAST_ONE) and value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1.")
+        if name.endswith(MUST_BE_POSITIVE) and not value > 0:
+            raise ConfigurationError(f"{name} is {value}; it must be above 0.")
+        if value < 0 or not math.isfinite(value):
+            raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
+    if fields.get("seed", 0) >= NUM_SEEDS:
+        raise ConfigurationError(f"seed is {config.seed}; it must be below {NUM_SEEDS}.")
+    for name in ("defense.mixing_weight", "defense.fgsm_weight"):
+        if fields.get(name, 0) > 1:
+            raise ConfigurationError(f"{name} is {fields[name]}; it must be within 0..1.")
+    if fields.get("defense.num_candidates") == 1:
+        raise ConfigurationError(
+            "defense.num_candidates is 1; it must be at least 2, or 0 for all classes."
+        )
+
+
+def check_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """ConfigurationError unless the directory is this configuration's run, empty, or not there.
+    Changes nothing.
+    """
+    path = workdir / FILE_NAME
+    if path.exists():
+        theirs, ours = _comparable(load(workdir)), _comparable(config)
+        different = sorted(
+            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+        )
+        if different:
+            listed = ", ".join(
+                f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)"
+                for name in different[:5]
+            )
+            raise ConfigurationError(
+                f"The run directory {workdir} belongs to another configuration: {listed}; "
+                "give another one with --workdir, or remove it to start anew."
+            )
+    elif workdir.exists() and (
+        not workdir.is_dir() or any(file.name != PARTIAL_NAME for file in workdir.iterdir())
+    ):
+        raise ConfigurationError(
+            f"{workdir} exists and is not a run directory (it has no {FILE_NAME}); "
+            "give an empty or new one with --workdir."
+        )
+
+
+def claim_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes the run directory and writes the configuration into it; ConfigurationError as in
+    `check_directory`.
+    """
+    check_directory(config, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The run directory {workdir} cannot be made ({error.strerror}); give another one with "
+            f"--workdir."
+        ) from error
+    partial = workdir / PARTIAL_NAME
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.replace(workdir / FILE_NAME)
+
+
+def _comparable(config: ConfigDict) -> dict[str, Any]:
+    return {
+        name: value for name, value in flatten(config).items() if name not in NOT_PART_OF_THE_RUN
+    }
+
+
+def load(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of an existing run directory."""
+    path = workdir / FILE_NAME
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+        check(config)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigurationError(
+            f"{workdir} is not a run directory: it has no {FILE_NAME}; give one that train.py made."
+        ) from None
+    except (ValueError, AttributeError) as error:  # Not JSON, no JSON object, not our fields.
+        raise ConfigurationError(
+            f"{path} is damaged, or no run's ({error}); restore it, or give another directory."
+        ) from error
+    return config

@@ -1,0 +1,109 @@
+"""The paper's table from measured figures, each with the paper's own beside it, as text and as
+Markdown.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dd_jax.results.published import Figures
+
+
+class Column(NamedTuple):
+    """A figure: its heading, its name in what was measured, how it is written, and the paper's name
+    for it if any.
+    """
+
+    heading: str
+    name: str
+    form: str
+    published: str | None = None
+
+
+class Row(NamedTuple):
+    """A net: what it is called, what was measured of it, and what the paper says of its like."""
+
+    label: str
+    measured: Mapping[str, Any]
+    published: Mapping[str, Any] | Figures | None = None
+
+
+FGSM_FRACTIONS = (0.2, 0.5, 1.0)
+"""Of epsilon_ref, the epsilon at which half of the images fall for the Deep Defense net."""
+
+
+def fgsm_name(fraction: float) -> str:
+    """The name of the accuracy under FGSM at a fraction of epsilon_ref."""
+    return f"accuracy_fgsm_{fraction}"
+
+
+COLUMNS = (
+    Column("accuracy", "accuracy", "{:.2%}"),
+    Column("rho_2", "rho_l2", "{:.4f}"),
+    Column("l_2", "l2", "{:.3f}", "l2_deepfool"),
+    Column("DeepFool success", "deepfool_success", "{:.2%}"),
+    Column("rho_inf", "rho_linf", "{:.4f}", "rho_linf_fgsm"),
+    Column("FGSM success", "fgsm_success", "{:.2%}"),
+    Column("eps. 50 %", "epsilon_half", "{:.4f}"),
+    *(Column(f"acc. FGSM {x} ref", fgsm_name(x), "{:.2%}") for x in FGSM_FRACTIONS),
+    Column("l_2 C&W", "l2_carlini_wagner", "{:.3f}", "l2_carlini_wagner"),
+    Column("C&W success", "carlini_wagner_success", "{:.2%}"),
+    Column("acc. PGD", "accuracy_pgd", "{:.2%}", "accuracy_pgd"),
+    Column("PASS", "pass", "{:.4f}", "similarity_pass"),
+)
+PAPERS = "in brackets: the paper's"
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """For a terminal: aligned columns; a column that nobody has measured is left out."""
+    cells = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            [label.ljust(widths[0])]
+            + [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
+        )
+        for label, *others in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """For a README: the same columns."""
+    first, *others = _cells(rows)
+    lines = [first, ["---", *("---:" for _ in first[1:])], *others]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def has_published(rows: Sequence[Row]) -> bool:
+    """Whether any figure of the paper stands in the rows' table."""
+    return any(
+        _published(row, column) is not None for row in rows for column in _measured_columns(rows)
+    )
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    columns = _measured_columns(rows)
+    return [["", *(column.heading for column in columns)]] + [
+        [row.label, *(_cell(row, column) for column in columns)] for row in rows
+    ]
+
+
+def _measured_columns(rows: Sequence[Row]) -> list[Column]:
+    return [
+        column
+        for column in COLUMNS
+        if any(row.measured.get(column.name) is not None for row in rows)
+    ]
+
+
+def _cell(row: Row, column: Column) -> str:
+    value, published = row.measured.get(column.name), _published(row, column)
+    text = "-" if value is None else column.form.format(value)
+    return text if published is None else f"{text} ({column.form.format(published)})"
+
+
+def _published(row: Row, column: Column) -> float | None:
+    if row.published is None or column.published is None:
+        return None
+    figures = row.published._asdict() if isinstance(row.published, Figures) else row.published
+    return figures.get(column.published)
