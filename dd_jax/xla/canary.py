@@ -1,17 +1,19 @@
-"""Whether JAX computes rightly on this CPU: tiny programs that are known to be compiled wrongly
-somewhere.
+"""Checks whether JAX computes correctly on this CPU, with small programs that some versions
+miscompile.
 
-Each is reduced from a wrong figure that was seen, and is compared with NumPy in float64.
+Each program was reduced from a wrong result in practice. Its result is compared with NumPy's in
+float64.
 
     row_products     jit(vmap(r -> sum((M @ r)^2))) over more than 32,768 rows is wrong on jaxlib
                      0.10.2 (jax issue 39103)
-    pairs            log1p(x) - log1p(-x) is 0 for 4,096 numbers and more where
-                     --xla_cpu_experimental_ynn_fusion_type holds
-                     "eltwise", on jaxlib 0.10.2 and 0.12.0.1 (expm1 alike); arctanh is such a
-                     difference: C&W fooled nothing
-    high_rank_sum    the sum of a product over one of seven axes ends the process on jaxlib 0.10.2
+    pairs            log1p(x) - log1p(-x) is 0 for 4,096 numbers and more if
+                     --xla_cpu_experimental_ynn_fusion_type contains "eltwise", on jaxlib 0.10.2
+                     and 0.12.0.1 (expm1 is affected too); arctanh is such a difference, and with
+                     it C&W fooled no image
+    high_rank_sum    the sum of a product over one of seven axes crashes the process on jaxlib
+                     0.10.2
 
-`python -m dd_jax.xla.canary` runs them all and prints those that are right.
+`python -m dd_jax.xla.canary` runs all programs and prints the names of the correct ones.
 """
 
 import contextlib
@@ -34,29 +36,25 @@ import jax.numpy as jnp
 import numpy as np
 
 VARIABLE = "DD_JAX_CANARY"
-TOLERANCE = 1e-4  # Relative to the largest number; what was wrong was wrong by 2e-2 or more.
-SECONDS = 60.0  # After which a new process is ended.
+TOLERANCE = 1e-4  # Relative to the largest number; the errors seen were 2e-2 or more.
+SECONDS = 60.0  # Time limit of a new process.
 REMEDY = (
     "call dd_jax.xla.set_flags() before JAX computes anything, or set "
     "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= "
-    "(with nothing behind the equals sign)"
+    "(with nothing after the equals sign)"
 )
-BEGUN = "begun"  # What a new process says when XLA has taken its flags.
-CRASHES = (
-    "SIGABRT",
-    "SIGBUS",
-    "SIGFPE",
-    "SIGILL",
-    "SIGSEGV",
-)  # What a wrong program dies of; SIGKILL has other reasons.
-# Of the flags, what changes no program.
+BEGUN = "begun"  # A new process prints it once XLA has accepted the flags.
+# Signals of a miscompiled program. SIGKILL is none of them: it has other causes, such as memory.
+CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV")
+# This flag does not change how programs are compiled.
 NOT_OF_THE_COMPILER = "--xla_force_host_platform_device_count"
 _warned = threading.Event()
 
 
 class Program(NamedTuple):
-    """A program, its arguments and its right result. `is_fatal`: where it goes wrong, it ends the
-    process.
+    """A program, its float32 arguments and its correct result in float64.
+
+    `is_fatal`: a miscompiled version of it crashes the process.
     """
 
     run: Callable
@@ -66,37 +64,44 @@ class Program(NamedTuple):
 
 
 def programs() -> dict[str, Program]:
-    """All programs by name, with their arguments in float32 and their results in float64."""
+    """All programs by name."""
     random = np.random.default_rng(0)
-    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
-    matrix, rows = draw(3, 3), draw(40_000, 3)
-    x = random.uniform(-0.96, 0.96, 4096).astype(np.float32)
-    first, second = draw(3, 1, 2, 2, 8, 8, 8), draw(3, 1, 2, 2, 8, 8, 8)
-    wide = lambda *arrays: tuple(array.astype(np.float64) for array in arrays)
-    exact_matrix, exact_rows, exact_x = wide(matrix, rows, x)
-
-    def row_products(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
-
-    def pairs(x: jax.Array) -> jax.Array:
-        return jnp.log1p(x) - jnp.log1p(-x)
-
-    sums_of_squares = np.sum((exact_rows @ exact_matrix.T) ** 2, axis=1)
     return {
-        "row_products": Program(row_products, (matrix, rows), sums_of_squares),
-        "pairs": Program(pairs, (x,), np.log1p(exact_x) - np.log1p(-exact_x)),
-        "high_rank_sum": Program(
-            lambda a, b: jnp.sum(a * b, axis=3),
-            (first, second),
-            np.sum(np.prod(wide(first, second), axis=0), axis=3),
-            True,
-        ),
+        "row_products": _row_products(random),
+        "pairs": _pairs(random),
+        "high_rank_sum": _high_rank_sum(random),
     }
 
 
+def _row_products(random: np.random.Generator) -> Program:
+    matrix, rows = _normal(random, 3, 3), _normal(random, 40_000, 3)
+    run = lambda matrix, rows: jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+    products = rows.astype(np.float64) @ matrix.astype(np.float64).T
+    return Program(run, (matrix, rows), np.sum(products**2, axis=1))
+
+
+def _pairs(random: np.random.Generator) -> Program:
+    x = random.uniform(-0.96, 0.96, 4096).astype(np.float32)
+    exact = x.astype(np.float64)
+    run = lambda x: jnp.log1p(x) - jnp.log1p(-x)
+    return Program(run, (x,), np.log1p(exact) - np.log1p(-exact))
+
+
+def _high_rank_sum(random: np.random.Generator) -> Program:
+    shape = (3, 1, 2, 2, 8, 8, 8)
+    first, second = _normal(random, *shape), _normal(random, *shape)
+    exact = np.sum(first.astype(np.float64) * second.astype(np.float64), axis=3)
+    return Program(lambda a, b: jnp.sum(a * b, axis=3), (first, second), exact, is_fatal=True)
+
+
+def _normal(random: np.random.Generator, *shape: int) -> np.ndarray:
+    return random.standard_normal(shape).astype(np.float32)
+
+
 def is_right(program: Program) -> bool:
-    """Whether this process computes a program rightly on its first CPU. Raises whatever JAX
-    raises.
+    """Whether this process computes a program correctly on its first CPU.
+
+    Raises whatever JAX raises.
     """
     arguments = jax.device_put(program.arguments, jax.local_devices(backend="cpu")[0])
     found = np.asarray(jax.jit(program.run)(*arguments), np.float64)
@@ -104,11 +109,10 @@ def is_right(program: Program) -> bool:
 
 
 def failures_here() -> tuple[str, ...]:
-    """The programs that this process computes wrongly on the CPU, without those that could end it.
-    Within 0.3 s or so.
+    """The names of the programs that this process computes wrongly on the CPU. Takes about 0.3 s.
 
-    A program that raises is none of them: settings of JAX's such as a transfer guard forbid it, and
-    no result is no wrong one.
+    Programs that could crash the process are not run. A program that raises does not count as
+    wrong: it gave no result, for example because a transfer guard forbids it.
     """
     wrong = []
     for name, program in programs().items():
@@ -119,12 +123,12 @@ def failures_here() -> tuple[str, ...]:
 
 
 def failures_under(flags: str) -> tuple[str, ...] | None:
-    """The programs that are computed wrongly on this CPU under these XLA_FLAGS, in a process of its
-    own.
+    """The names of the programs that a new process computes wrongly on this CPU with these
+    XLA_FLAGS.
 
-    All of them where XLA refuses the flags. None where that cannot be said: no process can be
-    started, or it ended for a reason of its own. What can be said is kept in a file by the version
-    of jaxlib, the flags, the CPU and these programs, so that it takes its two or three seconds
+    Returns all names if XLA rejects the flags, and None if there is no verdict: the process could
+    not be started, or ended for an unrelated reason. A verdict is cached in `cache_file`, under the
+    version of jaxlib, the flags, the CPU and the programs, so the two or three seconds are spent
     once.
     """
     key, known = _key(flags), _read()
@@ -138,12 +142,12 @@ def failures_under(flags: str) -> tuple[str, ...] | None:
 
 
 def _failures_in_new_process(flags: str) -> list[str] | None:
-    # JAX's own settings stay out: with JAX_DISABLE_JIT=1, for example, nothing is compiled that
+    # JAX's own settings are removed: with JAX_DISABLE_JIT=1, for example, nothing is compiled that
     # could be wrong.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     changed = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    # The same modules as here: of this jaxlib, and no dd_jax that lies in the working directory by
-    # chance.
+    # The new process must import the jaxlib and dd_jax of this process, not a dd_jax in the working
+    # directory.
     program = "import sys; sys.path[:] = sys.argv[1:]; from dd_jax.xla import canary; canary.main()"
     command = [sys.executable or "", "-P", "-c", program, *sys.path]
     options = dict(
@@ -153,7 +157,7 @@ def _failures_in_new_process(flags: str) -> list[str] | None:
         done = subprocess.run(command, **options)
         said, complaint = done.stdout.decode().split(), done.stderr.decode(errors="replace")
         ended_itself = done.returncode == 0 or -done.returncode in _crash_numbers()
-    except subprocess.TimeoutExpired as late:  # high_rank_sum goes on for ever on some CPUs.
+    except subprocess.TimeoutExpired as late:  # high_rank_sum never ends on some CPUs.
         said, complaint, ended_itself = (late.stdout or b"").decode().split(), "", True
     except OSError:
         return None
@@ -168,12 +172,11 @@ def _crash_numbers() -> set[int]:
 
 
 def warn_once() -> None:
-    """Warns, once in a process, where its JAX computes on the CPU and does so wrongly; never
-    raises.
+    """Warns once per process if JAX computes on the CPU and computes wrongly. Never raises.
 
-    The first call of an attack or of the penalty comes here. (When dd_jax is imported it is too
-    early: the flags are not final, and JAX must not be started.) DD_JAX_CANARY=0 in the environment
-    switches it off.
+    The first call of an attack or of the penalty calls this function. The import of dd_jax would be
+    too early: the flags may still change, and an import must not start JAX. DD_JAX_CANARY=0 in the
+    environment switches the check off.
     """
     if _warned.is_set():
         return
@@ -183,28 +186,26 @@ def warn_once() -> None:
     found: list[str] = []
 
     def look() -> None:
-        # Without a backend, the caller hears of it in a moment.
+        # If there is no backend, the caller's own computation raises right after this.
         with contextlib.suppress(Exception):
             if jax.default_backend() == "cpu":
                 found.extend(failures_here())
 
-    # Within a thread of its own no trace, precision or device that the caller works with is in
-    # force.
+    # The caller's trace, precision and default device do not apply in a new thread.
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
     if found:
         warnings.warn(
             f"jaxlib {metadata.version('jaxlib')} computes some programs wrongly on this CPU with "
-            f"its present XLA flags "
-            f"({', '.join(found)}; see dd_jax.xla.canary): {REMEDY}.",
+            f"the current XLA flags ({', '.join(found)}; see dd_jax.xla.canary): {REMEDY}.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def cache_file() -> pathlib.Path:
-    """Where results are kept: dd_jax/canary.json in the user's cache directory."""
+    """The file that caches verdicts: dd_jax/canary.json in the user's cache directory."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return pathlib.Path(root) / "dd_jax" / "canary.json"
 
@@ -216,7 +217,7 @@ def _key(flags: str) -> str:
 
 
 def _cpu() -> str:
-    """The CPU's model, and a fingerprint of what it can do: XLA compiles for both."""
+    """The CPU's model and a hash of its feature flags: XLA compiles for both."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -230,7 +231,7 @@ def _cpu() -> str:
 
 
 def _read() -> dict[str, list[str]]:
-    """What is kept; nothing where there is no file, or it is damaged."""
+    """The cached verdicts; an empty dictionary if the file is missing or damaged."""
     try:
         known = json.loads(cache_file().read_text())
     except (OSError, ValueError):
@@ -244,9 +245,7 @@ def _read() -> dict[str, list[str]]:
 
 
 def _write(known: Mapping[str, list[str]]) -> None:
-    """Keeps results, whole or not at all; where that cannot be done they are computed again next
-    time.
-    """
+    """Writes the cache in one step. If that fails, the verdicts are computed again next time."""
     path = cache_file()
     partial = path.with_name(f"{path.name}.{os.urandom(8).hex()}")
     try:
@@ -259,19 +258,19 @@ def _write(known: Mapping[str, list[str]]) -> None:
 
 
 def main() -> None:
-    """Prints the names of the programs that are computed rightly, each at once: the next one may
-    end the process.
+    """Prints the name of each program that is computed correctly, at once: the next program may
+    crash the process.
     """
-    # A crash that is expected leaves no core file behind.
+    # An expected crash must not leave a core file behind.
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    # XLA reads its flags here, and ends the process if it does not know them.
+    # XLA reads its flags here, and ends the process if it does not know one.
     jax.local_devices(backend="cpu")
     print(BEGUN, flush=True)
     for name, program in programs().items():
-        with contextlib.suppress(Exception):  # No result is no right one.
+        with contextlib.suppress(Exception):  # A program without a result is not correct.
             if is_right(program):
                 print(name, flush=True)
 

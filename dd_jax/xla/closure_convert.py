@@ -1,9 +1,9 @@
-"""Turns a `logits_fn` into a pure function of the arrays it closes over.
+"""Turns a `logits_fn` into a pure function of the arrays that it closes over.
 
-A loop with a derivative rule of its own may not close over arrays that are being differentiated,
-and it runs the net on fewer rows than the caller's batch. So the function is traced once, at the
-number of rows that the loop will use, and what it closes over (parameters, batch statistics, random
-keys) becomes an explicit argument.
+A loop with its own derivative rule must not close over arrays that are being differentiated, and it
+runs the net on fewer rows than the caller's batch. So the function is traced once for each number
+of rows that the loop uses, and the arrays that it closes over (parameters, batch statistics, random
+keys) become an explicit argument.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,9 @@ RANDOM_PRIMITIVES = (
 
 
 class Closure(NamedTuple):
-    """What a function closes over: floating arrays, which have gradients, and all others, which
-    have none.
+    """The arrays that a function closes over.
+
+    `parameters` are the floating arrays, which have gradients; `constants` are all others.
     """
 
     parameters: tuple[Array, ...]
@@ -40,10 +41,10 @@ ApplyFn = Callable[[Closure, Array], Array]
 
 
 class Traces:
-    """A `logits_fn`, traced once for each number of rows that is asked for.
+    """A `logits_fn`, traced at most once for each number of rows.
 
-    Tracing a large net takes seconds, and an attack needs the net in up to three sizes: the whole
-    batch, a turn of its work queue, and a last, smaller turn.
+    Tracing a large net takes seconds, and an attack needs up to three sizes: the whole batch, one
+    turn of its work queue, and a last, smaller turn.
     """
 
     def __init__(self, logits_fn: LogitsFn, inputs: Array) -> None:
@@ -52,15 +53,15 @@ class Traces:
         self._of: dict[int, tuple[jex_core.ClosedJaxpr, Any]] = {}
 
     def of(self, num_rows: int) -> jex_core.ClosedJaxpr:
-        """The trace for that many rows; whatever `logits_fn` raises."""
+        """The trace for this number of rows. Raises whatever `logits_fn` raises."""
         return self._traced(num_rows)[0]
 
     def output(self, num_rows: int) -> Any:
-        """What `logits_fn` returns for that many rows, as shapes and dtypes."""
+        """The shapes and dtypes that `logits_fn` returns for this number of rows."""
         return self._traced(num_rows)[1]
 
     def logits(self, inputs: Array) -> Array:
-        """`logits_fn(inputs)`, where that is one array; every operation is left to JAX."""
+        """`logits_fn(inputs)`, if that is one array. No operation is replaced."""
         (logits,) = jex_core.jaxpr_as_fun(self.of(inputs.shape[0]))(inputs)
         return logits
 
@@ -74,10 +75,12 @@ class Traces:
 def closure_convert(
     traces: Traces, *sizes: int, rewrite: bool | None = None
 ) -> tuple[ApplyFn, Closure]:
-    """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)` for
-    inputs of these numbers of rows.
+    """Returns `(apply_fn, closure)` with `apply_fn(closure, inputs) == logits_fn(inputs)`.
 
-    Inputs of another number of rows raise KeyError. `rewrite`: as in `dd_jax.xla.rewrite.evaluate`.
+    Args:
+      traces: of the `logits_fn`.
+      *sizes: the numbers of rows that `apply_fn` accepts; it raises KeyError for others.
+      rewrite: see `dd_jax.xla.rewrite.evaluate`.
     """
     of = {num_rows: traces.of(num_rows) for num_rows in sizes}
     values: dict[int, Array] = {id(value): value for trace in of.values() for value in trace.consts}
@@ -98,14 +101,15 @@ def closure_convert(
 
 
 def rows_are_interchangeable(traces: Traces, batch: int, num_rows: int) -> bool:
-    """Whether the net can be given any `num_rows` of a batch in any order and still be the same.
+    """Whether the net gives a row the same logits among any `num_rows` rows of the batch, in any
+    order.
 
-    It cannot where it draws a random number per row (dropout with one mask per example) or closes
-    over an array with one entry per row; it can where one mask serves the whole batch.
+    False if it draws a random number per row (dropout with one mask per example) or closes over an
+    array with one entry per row. True if one mask serves the whole batch.
     """
     try:
         few = traces.of(num_rows)
-    # The whole batch was fine: the function knows its batch size, and may say so as it likes.
+    # The whole batch worked, so the function depends on its batch size. It may raise anything.
     except Exception:
         return False
     everyone = traces.of(batch)
@@ -115,7 +119,7 @@ def rows_are_interchangeable(traces: Traces, batch: int, num_rows: int) -> bool:
 
 
 def _random_shapes(traced: Any) -> list[tuple[int, ...]]:
-    """The shapes of all random draws in a traced function, nested ones included."""
+    """The shapes of all random draws in a traced function, including nested functions."""
     shapes = []
     jaxpr = getattr(traced, "jaxpr", traced)
     for equation in jaxpr.eqns:

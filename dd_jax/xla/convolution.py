@@ -1,15 +1,15 @@
-"""Convolutions and matrix products whose derivatives are of the same plain kind, to any order.
+"""Convolutions and matrix products whose derivatives of every order are plain ones again.
 
-XLA runs a plain convolution (NHWC images, HWIO kernel, stride 1) at full speed on a CPU, but inside
-a loop the forms that autodiff makes for its derivatives run up to 100 times slower (jax issue
-12868). The derivatives are convolutions themselves,
+XLA runs a plain convolution (NHWC images, HWIO kernel, stride 1) at full speed on a CPU. The
+derivatives that autodiff creates are not plain, and run up to 100 times slower inside a loop (jax
+issue 12868). But the derivatives are convolutions themselves,
     y = x * w   =>   x_bar = y_bar * flipped w^T,   w_bar = x^T * y_bar^T   (batch <-> channels),
-so they are written out as such here. All three are derivatives of the one number sum(y_bar . (x *
-w)), which is linear in each of its arguments: the derivatives of any of them are the other two, to
-any order.
+and this module computes them as plain ones. All three are derivatives of the scalar
+sum(y_bar . (x * w)), which is linear in each of its arguments. So the derivatives of each of the
+three are the other two, to any order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -19,9 +19,11 @@ from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Of an input gradient's pixels over its cotangent's, in one convolution; measured on CPU.
+# The largest ratio of an input gradient's pixels to its cotangent's for which one convolution is
+# the fastest form, measured on a CPU.
 MOST_ZEROS = 1.5
-FEWEST_OUTPUTS = 2  # Fewer output channels than this are computed in blocks; measured on CPU.
+# With fewer output channels, computing in blocks is faster, measured on a CPU.
+FEWEST_OUTPUTS = 2
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -30,8 +32,9 @@ def convolution(
     kernel: Float[Array, "down across inputs outputs"],
     padding: Padding,
 ) -> Float[Array, "batch rows columns outputs"]:
-    """Cross-correlation with stride 1, `padding` zeros ((top, bottom), (left, right));
-    differentiable in reverse mode.
+    """Cross-correlation with stride 1 and zero padding ((top, bottom), (left, right)).
+
+    Differentiable in reverse mode, to any order.
     """
     return _correlation(x, kernel, padding)
 
@@ -42,31 +45,30 @@ def input_gradient(
     kernel: Float[Array, "down across inputs outputs"],
     padding: Padding,
 ) -> Float[Array, "batch height width inputs"]:
-    """What `convolution` with this kernel and padding hands back to its input (a transposed
+    """The gradient of `convolution` in its input, for this kernel and padding (a transposed
     convolution).
     """
+    (rows, columns), ends = cotangent.shape[1:3], _ends_of_gradient(kernel.shape[:2], padding)
+    down, across = kernel.shape[:2]
+    height = rows + sum(ends[0]) - down + 1
+    width = columns + sum(ends[1]) - across + 1
+    if height * width >= MOST_ZEROS * rows * columns:
+        return _input_gradient_by_rows(cotangent, kernel, padding)
+    # The barrier keeps XLA from folding the transposition back into the slow form.
+    flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
+    return _correlation(cotangent, flipped, ends)
+
+
+def _input_gradient_by_rows(cotangent: Array, kernel: Array, padding: Padding) -> Array:
+    """The sum of the contributions of the kernel's rows.
+
+    Faster than one convolution if that one would mostly read zeros.
+    """
     down, across, inputs, outputs = kernel.shape
-    (top, bottom), (left, right) = padding
-    sizes = (
-        cotangent.shape[1] + down - 1 - top - bottom,
-        cotangent.shape[2] + across - 1 - left - right,
-    )
-    # The barriers keep XLA from folding the transposition back into the slow form.
-    if sizes[0] * sizes[1] < MOST_ZEROS * cotangent.shape[1] * cotangent.shape[2]:
-        flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
-        return _correlation(
-            cotangent,
-            flipped,
-            ((down - 1 - top, down - 1 - bottom), (across - 1 - left, across - 1 - right)),
-        )
-    # Most of what the kernel sees would be zeros: its rows are taken one by one, and what they give
-    # is added up.
+    (top, bottom), _ = padding
     by_rows = jnp.flip(kernel, 1).transpose(1, 3, 0, 2).reshape(1, across, outputs, down * inputs)
-    parts = _correlation(
-        cotangent,
-        lax.optimization_barrier(by_rows),
-        ((0, 0), (across - 1 - left, across - 1 - right)),
-    )
+    ends = ((0, 0), _ends_of_gradient((down, across), padding)[1])
+    parts = _correlation(cotangent, lax.optimization_barrier(by_rows), ends)
     parts, zero = parts.reshape(*parts.shape[:3], down, inputs), jnp.zeros((), parts.dtype)
     edges = [
         ((0, 0, 0), (row - top, down - 1 - row - bottom, 0), (0, 0, 0), (0, 0, 0))
@@ -75,37 +77,46 @@ def input_gradient(
     return sum(lax.pad(parts[:, :, :, row], zero, edges[row]) for row in range(down))
 
 
+def _ends_of_gradient(sizes: Sequence[int], padding: Padding) -> Padding:
+    """The padding of the convolution that is the gradient of one with a kernel of these sizes."""
+    first, second = (
+        (size - 1 - start, size - 1 - end)
+        for size, (start, end) in zip(sizes, padding, strict=True)
+    )
+    return first, second
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def kernel_gradient(
     x: Float[Array, "batch height width inputs"],
     cotangent: Float[Array, "batch rows columns outputs"],
     padding: Padding,
 ) -> Float[Array, "down across inputs outputs"]:
-    """What `convolution` of this input with this padding hands back to its kernel."""
+    """The gradient of `convolution` in its kernel, for this input and padding."""
     sizes = [
         n + sum(edges) - m + 1
         for n, m, edges in zip(x.shape[1:3], cotangent.shape[1:3], padding, strict=True)
     ]
     if sizes == [1, 1] and padding == ((0, 0), (0, 0)):
         return jnp.einsum("nhwi,nhwo->io", x, cotangent)[None, None]
-    # The operand with fewer channels goes first (fewer, longer patches), but for a kernel larger
-    # than its images XLA has no fast form: 1 instead of 50 GFLOP/s for ResNet's strided
-    # convolutions.
+    # The operand with fewer channels goes first, because that gives fewer and longer patches. The
+    # exception: XLA has no fast form for a kernel larger than its images (1 instead of 50 GFLOP/s
+    # for ResNet's strided convolutions).
     is_larger = any(n > m for n, m in zip(x.shape[1:3], cotangent.shape[1:3], strict=True))
-    flipped = x.shape[3] > cotangent.shape[3] and not is_larger
-    if flipped:
-        x, cotangent = cotangent, x
-        padding = tuple(
-            (k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(sizes, padding, strict=True)
-        )
+    if x.shape[3] <= cotangent.shape[3] or is_larger:
+        return _channels_over_batch(x, cotangent, padding).transpose(1, 2, 0, 3)
+    flipped = _channels_over_batch(cotangent, x, _ends_of_gradient(sizes, padding))
+    return jnp.flip(flipped, (1, 2)).transpose(1, 2, 3, 0)
+
+
+def _channels_over_batch(x: Array, cotangent: Array, padding: Padding) -> Array:
+    """The correlation of x and the cotangent with channels and batch exchanged.
+
+    (inputs, down, across, outputs).
+    """
     images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
     kernels = lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3))
-    gradient = _correlation(images, kernels, padding)
-    return (
-        jnp.flip(gradient, (1, 2)).transpose(1, 2, 3, 0)
-        if flipped
-        else gradient.transpose(1, 2, 0, 3)
-    )
+    return _correlation(images, kernels, padding)
 
 
 def _saved(a: Array, b: Array, padding: Padding, of: Callable) -> tuple[Array, tuple[Array, Array]]:
@@ -149,16 +160,15 @@ def _plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) 
 
 
 def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
-    """The same numbers, every 2 x 2 block of outputs computed as the channels of one output of a
-    stride-2 convolution.
+    """The same numbers, with every 2 x 2 block of outputs computed as the channels of one output of
+    a convolution with stride 2.
 
-    A convolution with one output channel (the input gradient of a gray image) leaves most of a
+    A convolution with one output channel (the input gradient of a gray image) would leave most of a
     vector register empty.
     """
-    rows, columns, inputs, outputs = kernel.shape
     sizes = [
         n + lo + hi - k + 1
-        for n, (lo, hi), k in zip(x.shape[1:3], padding, (rows, columns), strict=True)
+        for n, (lo, hi), k in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
     ]
     shifted = [
         jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)
@@ -166,57 +176,69 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
     blocks = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
     padding = tuple((lo, hi + size % 2) for (lo, hi), size in zip(padding, sizes, strict=True))
     y = _plain(x, blocks, (2, 2), padding)
-    batch, half_rows, half_columns, _ = y.shape
-    y = y.reshape(batch, half_rows, half_columns, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5)
-    return y.reshape(batch, 2 * half_rows, 2 * half_columns, outputs)[:, : sizes[0], : sizes[1]]
+    return _depth_to_space(y, 2, 2)[:, : sizes[0], : sizes[1]]
+
+
+def _depth_to_space(x: Array, down: int, across: int) -> Array:
+    """Turns the channels of every pixel into a block of down x across pixels."""
+    batch, height, width, channels = x.shape
+    outputs = channels // (down * across)
+    x = x.reshape(batch, height, width, down, across, outputs).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, down * height, across * width, outputs)
 
 
 def strided_convolution(
     x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
 ) -> Array:
-    """As `convolution`, with strides: every stride x stride block of pixels becomes the channels of
-    one pixel.
+    """`convolution` with strides.
 
-    A window then starts at a whole pixel, and the kernel, filled up with zeros to whole blocks,
-    moves by one.
+    Every block of stride x stride pixels becomes the channels of one pixel. Each window then starts
+    at a whole pixel, and the kernel, padded with zeros to whole blocks, moves by one pixel.
     """
     if strides == (1, 1):
         return convolution(x, kernel, padding)
-    (down, across), (rows, columns) = strides, kernel.shape[:2]
-    counts = [
-        (n + lo + hi - k) // s + 1
-        for n, (lo, hi), k, s in zip(x.shape[1:3], padding, (rows, columns), strides, strict=True)
-    ]
-    blocks = -(-rows // down), -(-columns // across)
-    sizes = [
-        (count + block - 1) * s for count, block, s in zip(counts, blocks, strides, strict=True)
-    ]
-    ends = [size - n - lo for size, n, (lo, _) in zip(sizes, x.shape[1:3], padding, strict=True)]
-    edges = [(0, 0, 0), (padding[0][0], ends[0], 0), (padding[1][0], ends[1], 0), (0, 0, 0)]
-    x = _space_to_depth(lax.pad(x, jnp.zeros((), x.dtype), edges), down, across)
-    filled = jnp.pad(
-        kernel, ((0, blocks[0] * down - rows), (0, blocks[1] * across - columns), (0, 0), (0, 0))
-    )
-    return convolution(
-        x,
-        _space_to_depth(filled.transpose(3, 0, 1, 2), down, across).transpose(1, 2, 3, 0),
-        ((0, 0), (0, 0)),
-    )
+    axes = zip(x.shape[1:3], kernel.shape[:2], strides, padding, strict=True)
+    edges, filled_by = zip(*(_whole_blocks(*axis) for axis in axes), strict=True)
+    x = _space_to_depth(_padded(x, edges), *strides)
+    filled = jnp.pad(kernel, (*filled_by, (0, 0), (0, 0))).transpose(3, 0, 1, 2)
+    kernel = _space_to_depth(filled, *strides).transpose(1, 2, 3, 0)
+    return convolution(x, kernel, ((0, 0), (0, 0)))
+
+
+def _whole_blocks(
+    size: int, kernel_size: int, stride: int, edges: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The padding of one axis of the images and of the kernel to whole blocks of `stride` pixels.
+
+    The end of the images is negative, a crop, if no window reaches their last pixels.
+    """
+    count = (size + sum(edges) - kernel_size) // stride + 1
+    blocks = -(-kernel_size // stride)
+    end = (count + blocks - 1) * stride - size - edges[0]
+    return (edges[0], end), (0, blocks * stride - kernel_size)
+
+
+def _padded(x: Array, edges: Padding) -> Array:
+    """Images with zeros at their edges, cropped where an edge is negative."""
+    rows, columns = edges
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, [(0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)])
 
 
 def _space_to_depth(x: Array, down: int, across: int) -> Array:
+    """Turns every block of down x across pixels into the channels of one pixel."""
     batch, height, width, channels = x.shape
-    blocks = x.reshape(batch, height // down, down, width // across, across, channels).transpose(
-        0, 1, 3, 2, 4, 5
-    )
+    blocks = x.reshape(batch, height // down, down, width // across, across, channels)
+    blocks = blocks.transpose(0, 1, 3, 2, 4, 5)
     return blocks.reshape(batch, height // down, width // across, down * across * channels)
 
 
 def grouped_convolution(
     x: Array, kernel: Array, strides: tuple[int, int], padding: Padding, num_groups: int
 ) -> Array:
-    """As `strided_convolution`, with inputs and outputs in `num_groups` groups that do not mix: one
-    convolution each.
+    """`strided_convolution` with inputs and outputs in `num_groups` separate groups.
+
+    Computes one convolution per group.
     """
     if num_groups == 1:
         return strided_convolution(x, kernel, strides, padding)
@@ -231,20 +253,19 @@ def grouped_convolution(
 def depthwise_convolution(
     x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
 ) -> Array:
-    """Every input channel with kernels of its own, (down, across, 1, outputs): a sum of elementwise
-    products.
+    """The convolution of every input channel with its own kernels, (down, across, 1, outputs), as a
+    sum of elementwise products.
     """
-    (down, across), (rows, columns), outputs = strides, kernel.shape[:2], kernel.shape[3]
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), (*padding[0], 0), (*padding[1], 0), (0, 0, 0)]
+    (rows, columns), outputs = kernel.shape[:2], kernel.shape[3]
+    x = jnp.repeat(_padded(x, padding), outputs // x.shape[3], axis=3)
+    height, width = (
+        (n - k) // stride * stride + 1
+        for n, k, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
     )
-    x = jnp.repeat(x, outputs // x.shape[3], axis=3)
-    ends = ((x.shape[1] - rows) // down) * down + 1, ((x.shape[2] - columns) // across) * across + 1
 
     def product(i: int, j: int) -> Array:
-        part = lax.slice(
-            x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], outputs), (1, down, across, 1)
-        )
+        end = (x.shape[0], i + height, j + width, outputs)
+        part = lax.slice(x, (0, i, j, 0), end, (1, *strides, 1))
         return part * kernel[i, j, 0].reshape(1, 1, 1, -1)
 
     return sum(product(i, j) for i in range(rows) for j in range(columns))
@@ -254,9 +275,8 @@ def depthwise_convolution(
 def matrix_product(
     x: Float[Array, "batch inputs"], weights: Float[Array, "inputs outputs"]
 ) -> Float[Array, "batch outputs"]:
-    """x @ weights. The barrier keeps XLA on a CPU from recomputing what comes before the product
-    inside of it.
-    """
+    """x @ weights, differentiable in reverse mode, to any order."""
+    # On a CPU the barrier keeps XLA from recomputing x inside the product.
     return lax.optimization_barrier(x) @ weights
 
 

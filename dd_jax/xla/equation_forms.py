@@ -1,8 +1,8 @@
-"""The forms in which JAX writes the equations that `dd_jax.xla.rewrite` knows how to replace.
+"""The forms of the equations that `dd_jax.xla.rewrite` can replace.
 
-JAX changes what its primitives are called and take from one release to the next. An equation has a
-known form if its parameters are those listed here, no more and no fewer, each with a value whose
-meaning is known. Supported are jax 0.10 to 0.12.
+JAX changes the names and parameters of its primitives between releases. An equation has a known
+form if it has exactly the parameters listed here, each with a value whose meaning is known. jax
+0.10 to 0.12 are supported.
 """
 
 import enum
@@ -15,7 +15,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 from jax import lax
 
-# The names of an equation's parameters, and of each whether a value is one that is understood.
+# From the name of each parameter to a check whether a value of it is understood.
 Form = dict[str, Callable[[Any], bool]]
 
 
@@ -40,8 +40,8 @@ def _is_contraction(value: Any) -> bool:
 
 
 def _is_full_precision(value: Any) -> bool:
-    """Whether this precision changes nothing on a CPU, where products are computed in the operands'
-    own type anyway.
+    """Whether this precision changes nothing on a CPU, which computes products in the operands'
+    type anyway.
     """
     return (
         value is None
@@ -67,11 +67,11 @@ def _is_mesh(value: Any) -> bool:
 
 
 def _is_unspecified(value: Any) -> bool:
-    return type(value).__name__ == "UnspecifiedValue"  # JAX has no public name for it.
+    return type(value).__name__ == "UnspecifiedValue"  # This type has no public name.
 
 
 def _is_packed(value: Any) -> bool:
-    return type(value).__name__ == "FTTuple"  # Nor for this one: the arguments of a scan, in parts.
+    return type(value).__name__ == "FTTuple"  # Nor has this one: a scan's arguments in parts.
 
 
 SCAN: Form = {"reverse": _is_bool, "length": _is_whole, "jaxpr": _is_closed, "unroll": _is_whole}
@@ -118,13 +118,13 @@ FORMS: dict[str, tuple[Form, ...]] = {
             "ctx_mesh": _is_mesh,
             "name": lambda value: isinstance(value, str),
             "keep_unused": _is_bool,
-            # an Enum from jax 0.11 on
+            # An Enum since jax 0.11.
             "inline": lambda value: isinstance(value, (bool, enum.Enum)),
             "compiler_options_kvs": lambda value: isinstance(value, tuple) and not value,
         },
     ),
     "closed_call": ({"call_jaxpr": _is_closed},),
-    "eval_jaxpr": ({"call_jaxpr": _is_closed},),  # its name from jax 0.11 on
+    "eval_jaxpr": ({"call_jaxpr": _is_closed},),  # The name of closed_call since jax 0.11.
     "remat2": (
         {
             "jaxpr": _is_jaxpr,
@@ -135,15 +135,17 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "scan": (
         SCAN | {"num_consts": _is_whole, "num_carry": _is_whole},
-        SCAN | {"ft_in": _is_packed, "ft_out": _is_packed},  # from jax 0.11 on
+        SCAN | {"ft_in": _is_packed, "ft_out": _is_packed},  # Since jax 0.11.
     ),
     "cond": ({"branches": _all(_is_closed)},),
 }
 
 
 def has_known_form(equation: jex_core.JaxprEqn) -> bool:
-    """Whether the equation's name, the names of its parameters and the values of these are all
-    known here; never raises.
+    """Whether the names of an equation and of its parameters, and the parameters' values, are all
+    known.
+
+    Never raises.
     """
     params = equation.params
     return any(

@@ -1,10 +1,10 @@
-"""XLA's settings for a CPU: the fastest ones under which it computes rightly.
+"""Sets XLA's flags for CPUs: the fastest flags with which XLA computes correctly.
 
     import dd_jax
     dd_jax.xla.set_flags()              # before JAX computes anything
 
-`train.py`, `evaluate.py` and the benchmarks do so. Whether XLA computes rightly is what
-`dd_jax.xla.canary` says.
+`train.py`, `evaluate.py` and the benchmarks call it. `dd_jax.xla.canary` checks whether XLA
+computes correctly.
 """
 
 import os
@@ -13,19 +13,20 @@ from typing import NamedTuple
 from dd_jax.xla import canary
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-"""Which operations XLA hands to its YNNPACK kernels, a list; with an empty one, none."""
+"""The list of operations that XLA hands to its YNNPACK kernels. An empty list means none."""
 CANDIDATES = ((), (f"{FLAG}=",))
-"""Sets of flags, fastest first as measured (benchmarks/README.md): XLA's own choice, and nothing
-handed to YNNPACK.
+"""Sets of flags, the fastest first (measured in benchmarks/README.md): XLA's own choice, and no
+YNNPACK.
 
-On jaxlib 0.10.2 the first computes wrongly, on 0.12.0.1 it is right and the faster one. No list
-with "eltwise" is among them: it computes wrongly on both, and "dot" and "reduce" on 0.10.2.
+XLA's own choice computes wrongly on jaxlib 0.10.2; on 0.12.0.1 it is correct and the faster one.
+Lists with "eltwise" are left out because they compute wrongly on both versions, and lists with
+"dot" or "reduce" because they do on 0.10.2.
 """
 
 
 class Settings(NamedTuple):
-    """What was done: the flags added to XLA_FLAGS, the canary's failures under the result, and a
-    sentence, "" if all is plain.
+    """The flags that were added to XLA_FLAGS, the canary's failures with the resulting flags, and
+    a sentence for the user ("" if there is nothing to say).
     """
 
     added: tuple[str, ...]
@@ -34,13 +35,16 @@ class Settings(NamedTuple):
 
 
 def set_flags() -> Settings:
-    """Adds to XLA_FLAGS the first of CANDIDATES under which the canary passes, and says which.
+    """Adds to XLA_FLAGS the first of CANDIDATES with which the canary passes, and returns what it
+    did.
 
-    Has an effect before JAX's first computation, and on CPUs only; elsewhere the flag is read and
-    not used. A value that the user has set for the flag stays, and so do XLA_FLAGS that name a
-    file; where the canary fails under them the sentence says so. Where the canary cannot be run,
-    nothing is added. Takes a few seconds where the canary has not run yet under these flags, and
-    nothing later. Nothing is done where JAX_PLATFORMS leaves CPUs out.
+    Call it before JAX's first computation; later calls change nothing. The flag affects CPUs only;
+    other platforms ignore it. The first call with new flags takes a few seconds, later calls use
+    the canary's cache.
+
+    XLA_FLAGS stay unchanged if the user has set the flag or named a file of flags; if the canary
+    fails with them, the sentence says so. They also stay unchanged if the canary cannot be run or
+    if JAX_PLATFORMS excludes CPUs.
     """
     present = os.environ.get("XLA_FLAGS", "")
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -50,10 +54,10 @@ def set_flags() -> Settings:
         return Settings(
             (),
             (),
-            "JAX has started already, so XLA_FLAGS stay as they are; apply them before it "
-            "computes.",
+            "JAX has started already, so XLA_FLAGS stay unchanged; call "
+            "dd_jax.xla.set_flags() before JAX computes anything.",
         )
-    # XLA takes it for a file of flags.
+    # XLA reads a value without leading dashes as the name of a file of flags.
     is_file = bool(present.strip()) and not present.strip().startswith("--")
     candidates = ((),) if FLAG in present or is_file else CANDIDATES
     under_present = None
@@ -69,26 +73,25 @@ def set_flags() -> Settings:
 
 
 def _sentence_of_choice(added: tuple[str, ...]) -> str:
-    return f"XLA on the CPU: {' '.join(added)}, as without it the canary fails." if added else ""
+    flags = " ".join(added)
+    return f"XLA on the CPU: {flags}, because the canary fails without it." if added else ""
 
 
 def _sentence_of_failures(flags: str, failures: tuple[str, ...] | None) -> str:
     if failures is None:
         return (
-            "Whether XLA computes rightly on this CPU could not be seen, as no process could be "
-            "started for it or it was ended; "
-            f"XLA_FLAGS stay as they are, {flags!r}."
+            "The check whether XLA computes correctly on this CPU gave no verdict, because its "
+            f"process could not be started or was ended; XLA_FLAGS stay unchanged, {flags!r}."
         )
     return (
         f"XLA computes wrongly on this CPU with XLA_FLAGS={flags!r} ({', '.join(failures)}; see "
-        f"dd_jax.xla.canary): {canary.REMEDY}, "
-        "or use another version of jaxlib."
+        f"dd_jax.xla.canary): {canary.REMEDY}, or use another version of jaxlib."
     )
 
 
 def _jax_has_started() -> bool:
     try:
-        from jax._src import xla_bridge  # JAX has no public way to ask.
+        from jax._src import xla_bridge  # JAX has no public function for this.
 
         return bool(xla_bridge.backends_are_initialized())
     except (ImportError, AttributeError):

@@ -1,11 +1,9 @@
 """Replaces operations of a traced net by equal ones whose derivatives are fast on this backend.
 
-Any library's convolution ends up as the same JAX primitive, so doing it here serves nets of every
-library alike. An equation that is not of a known form (`dd_jax.xla.equation_forms`), or that no
-replacement here serves, is left to JAX, whole.
-
-DD_JAX_REWRITE=0 in the environment, or `rewrite=False` where a function takes it, leaves every
-equation to JAX.
+A convolution of any library becomes the same JAX primitive, so the replacements here work for nets
+of every library. JAX itself evaluates each equation whose form is unknown
+(`dd_jax.xla.equation_forms`) or that no replacement covers. `dd_jax.xla` says how to switch the
+replacements off.
 """
 
 import math
@@ -23,21 +21,30 @@ from dd_jax.xla.convolution import depthwise_convolution, grouped_convolution, m
 from dd_jax.xla.equation_forms import has_known_form
 from dd_jax.xla.pooling import max_of_windows
 
-MOST_GROUPS = 8  # More groups than this are not worth a convolution each.
-MOST_TAPS = 49  # Of a depthwise kernel: each is an elementwise product of its own.
-BACKENDS = ("cpu",)  # Where XLA's own derivatives are slow.
+MOST_GROUPS = 8  # With more groups, one convolution per group is not faster.
+MOST_TAPS = 49  # Entries of a depthwise kernel; each becomes an elementwise product.
+BACKENDS = ("cpu",)  # XLA's own derivatives are slow on these.
 VARIABLE = "DD_JAX_REWRITE"
-PER_AXIS = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")  # of a convolution
+# Parameters of a convolution that have one entry per spatial axis.
+PER_AXIS = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
 
 
 def evaluate(
     jaxpr: jex_core.ClosedJaxpr, *inputs: Array, rewrite: bool | None = None
 ) -> list[Array]:
-    """Evaluates a traced function, with this backend's replacements.
+    """Evaluates a traced function with this backend's replacements.
 
-    rewrite: whether to replace anything. None: unless the environment says DD_JAX_REWRITE=0.
+    Args:
+      jaxpr: the traced function.
+      *inputs: its arguments.
+      rewrite: True replaces operations, False leaves all of them to JAX. None replaces them unless
+        the environment has DD_JAX_REWRITE=0. Only CPUs have replacements.
 
-    Raises ValueError where DD_JAX_REWRITE is neither 0 nor 1.
+    Returns:
+      The function's outputs, equal to JAX's own up to rounding.
+
+    Raises:
+      ValueError: `rewrite` is None and DD_JAX_REWRITE is neither 0 nor 1.
     """
     if jax.default_backend() in BACKENDS and (
         _environment_allows() if rewrite is None else rewrite
@@ -50,7 +57,8 @@ def _environment_allows() -> bool:
     said = os.environ.get(VARIABLE, "1")
     if said not in ("0", "1"):
         raise ValueError(
-            f"{VARIABLE} is {said!r}; it must be 0, which leaves every operation to JAX, or 1."
+            f"{VARIABLE} is {said!r}; it must be 0, which leaves every operation to JAX, or 1, "
+            f"which replaces slow ones. Set it to one of these, or unset it."
         )
     return said == "1"
 
@@ -71,8 +79,9 @@ def _evaluate(traced: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _replaced(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any] | None:
-    """What an equation of a known form computes, in our way; None where its replacement does not
-    serve it.
+    """The outputs of an equation of a known form, by its replacement.
+
+    None if the replacement does not cover the equation.
     """
     name, params = equation.primitive.name, equation.params
     if name in CONTROL_FLOW:
@@ -91,8 +100,11 @@ def _left_to_jax(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[
 
 
 def operations(jaxpr: jex_core.Jaxpr) -> float:
-    """Floating-point operations of the convolutions and products in a traced function and in those
-    within it, of known forms.
+    """The number of floating-point operations in the convolutions and products of a traced
+    function.
+
+    Counts equations of known forms, also inside nested functions. A loop's body counts once per
+    iteration, and all branches of a condition count.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -110,54 +122,64 @@ def operations(jaxpr: jex_core.Jaxpr) -> float:
             total += 2 * equation.outvars[0].aval.size * kernel.size / num_outputs
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += (
-                2
-                * equation.outvars[0].aval.size
-                * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            )
+            shape = equation.invars[0].aval.shape
+            num_terms = math.prod(shape[axis] for axis in contracted)
+            total += 2 * equation.outvars[0].aval.size * num_terms
     return total
 
 
 def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | None:
-    """The convolution in the plain form, over one or two axes; None for three, and for groups of a
-    few channels each.
+    """The convolution over one or two axes in the plain form.
+
+    None for three axes, and for many groups of a few channels each.
     """
+    if not _is_covered(params, x, kernel):
+        return None
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     (n, c, *space), (o, i, *window) = numbers.lhs_spec, numbers.rhs_spec
-    depthwise = (
-        groups == x.shape[c] and math.prod(kernel.shape[axis] for axis in window) <= MOST_TAPS
-    )
-    if (
-        not _is_plain(params, x, kernel)
-        or len(space) not in (1, 2)
-        or {len(params[name]) for name in PER_AXIS} != {len(space)}
-        or params["batch_group_count"] != 1
-        or (groups > MOST_GROUPS and not depthwise)
-    ):
-        return None
     x, kernel = x.transpose(n, *space, c), kernel.transpose(*window, i, o)
-    added = 2 - len(space)  # One axis becomes two, the first of them one pixel long.
+    added = 2 - len(space)  # One axis becomes two; the first has one pixel.
+    ones = (1,) * added
     x, kernel = jnp.expand_dims(x, range(1, 1 + added)), jnp.expand_dims(kernel, range(added))
-    strides, padding = (
-        (1,) * added + params["window_strides"],
-        ((0, 0),) * added + tuple(params["padding"]),
-    )
-    x = _spread(x, (1, *(1,) * added, *params["lhs_dilation"], 1))
-    kernel = _spread(kernel, (*(1,) * added, *params["rhs_dilation"], 1, 1))
+    strides = ones + params["window_strides"]
+    padding = ((0, 0),) * added + params["padding"]
+    x = _spread(x, (1, *ones, *params["lhs_dilation"], 1))
+    kernel = _spread(kernel, (*ones, *params["rhs_dilation"], 1, 1))
     if groups > MOST_GROUPS:
         y = depthwise_convolution(x, kernel, strides, padding)
     else:
         y = grouped_convolution(x, kernel, strides, padding, groups)
-    y = y.reshape(y.shape[0], *y.shape[1 + added :])
-    out_n, out_c, *out_space = numbers.out_spec
-    order = {out_n: 0, out_c: y.ndim - 1} | {
-        axis: 1 + place for place, axis in enumerate(out_space)
-    }
+    return _in_output_order(y, numbers.out_spec)
+
+
+def _is_covered(params: dict[str, Any], x: Array, kernel: Array) -> bool:
+    """Whether `_convolution` replaces this convolution."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    (_, c, *space), (_, _, *window) = numbers.lhs_spec, numbers.rhs_spec
+    num_taps = math.prod(kernel.shape[axis] for axis in window)
+    is_depthwise = groups == x.shape[c] and num_taps <= MOST_TAPS
+    return (
+        _is_plain(params, x, kernel)
+        and len(space) in (1, 2)
+        and {len(params[name]) for name in PER_AXIS} == {len(space)}
+        and params["batch_group_count"] == 1
+        and (groups <= MOST_GROUPS or is_depthwise)
+    )
+
+
+def _in_output_order(y: Array, out_spec: Sequence[int]) -> Array:
+    """An NHWC result, without the axis that was added, in the order of
+    `ConvDimensionNumbers.out_spec`.
+    """
+    batch, channels, *space = out_spec
+    y = y.reshape(y.shape[0], *y.shape[-1 - len(space) :])
+    order = {batch: 0, channels: y.ndim - 1}
+    order |= {axis: 1 + place for place, axis in enumerate(space)}
     return y.transpose(*(order[axis] for axis in range(y.ndim)))
 
 
 def _is_plain(params: dict[str, Any], x: Array, y: Array) -> bool:
-    """Whether a product's operands and its result are all of one floating type."""
+    """Whether the operands and the result of a product have the same floating type."""
     same = x.dtype == y.dtype and params["preferred_element_type"] in (None, x.dtype)
     return same and jnp.issubdtype(x.dtype, jnp.floating)
 
@@ -171,44 +193,37 @@ def _spread(x: Array, dilation: Sequence[int]) -> Array:
 
 def _matrix_product(params: dict[str, Any], x: Array, weights: Array) -> Array | None:
     """The product of a batch of rows with a matrix of weights; None for any other contraction."""
-    is_product = (
-        x.ndim == 2
-        and weights.ndim == 2
-        and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
-    )
+    has_rank_two = x.ndim == weights.ndim == 2
+    is_product = has_rank_two and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
     return matrix_product(x, weights) if is_product and _is_plain(params, x, weights) else None
 
 
 def _max_pool(params: dict[str, Any], x: Array) -> Array | None:
     """The maximum over square windows of two axes; None for other windows and for dilations."""
-    windowed = [axis for axis, size in enumerate(params["window_dimensions"]) if size > 1]
-    shapes = {
-        (params["window_dimensions"][axis], params["window_strides"][axis]) for axis in windowed
-    }
-    dilations = set(params["base_dilation"]) | set(params["window_dilation"])
-    if (
-        x.ndim != 4
-        or len(windowed) != 2
-        or len(shapes) != 1
-        or dilations != {1}
-        or not jnp.issubdtype(x.dtype, jnp.floating)
-    ):
+    windows = list(zip(params["window_dimensions"], params["window_strides"], strict=True))
+    windowed = [axis for axis, (size, _) in enumerate(windows) if size > 1]
+    others = [axis for axis in range(x.ndim) if axis not in windowed]
+    is_square = len({windows[axis] for axis in windowed}) == 1
+    if x.ndim != 4 or len(windowed) != 2 or not is_square or not _pools_only(params, others, x):
         return None
-    others = [axis for axis in range(4) if axis not in windowed]
-    if any(
-        params["window_strides"][axis] != 1 or params["padding"][axis] != (0, 0) for axis in others
-    ):
-        return None
-    (window, stride), order = shapes.pop(), (others[0], *windowed, others[1])
+    window, stride = windows[windowed[0]]
     edges = [params["padding"][axis] for axis in windowed]
-    counts = [
+    counts = tuple(
         (x.shape[axis] + sum(edge) - window) // stride + 1
         for axis, edge in zip(windowed, edges, strict=True)
-    ]
-    pooled = max_of_windows(
-        x.transpose(order), window, stride, tuple(start for start, _ in edges), tuple(counts)
     )
+    order, starts = (others[0], *windowed, others[1]), tuple(start for start, _ in edges)
+    pooled = max_of_windows(x.transpose(order), window, stride, starts, counts)
     return pooled.transpose(*(order.index(axis) for axis in range(4)))
+
+
+def _pools_only(params: dict[str, Any], others: Sequence[int], x: Array) -> bool:
+    """Whether floating maps are pooled without dilation, and all other axes stay as they are."""
+    dilations = set(params["base_dilation"]) | set(params["window_dilation"])
+    stays = [
+        params["window_strides"][axis] == 1 and params["padding"][axis] == (0, 0) for axis in others
+    ]
+    return dilations == {1} and all(stays) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _call(params: dict[str, Any], *arguments: Any) -> Sequence[Any]:
@@ -219,32 +234,17 @@ def _checkpoint(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None
     if params["jaxpr"].effects:
         return None
     inner = lambda *inputs: _evaluate(params["jaxpr"], inputs)
-    return jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(
-        *arguments
-    )
+    options = {name: params[name] for name in ("prevent_cse", "policy")}
+    return jax.checkpoint(inner, **options)(*arguments)
 
 
 def _scan(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None:
-    if "ft_in" in params:
-        sizes, kept = (
-            [len(part) for part in params[name].unpack()] for name in ("ft_in", "ft_out")
-        )
-    else:
-        first, num_carry = params["num_consts"], params["num_carry"]
-        sizes, kept = [first, num_carry, len(arguments) - first - num_carry], [num_carry]
-    if (
-        params["jaxpr"].effects
-        or len(sizes) != 3
-        or sum(sizes) != len(arguments)
-        or kept[:1] != sizes[1:2]
-    ):
+    sizes = None if params["jaxpr"].effects else _sizes_of_scan(params, len(arguments))
+    if sizes is None:
         return None
-    first, num_carry, _ = sizes
-    constants, carry, slices = (
-        arguments[:first],
-        arguments[first : first + num_carry],
-        arguments[first + num_carry :],
-    )
+    num_constants, num_carry = sizes
+    constants, rest = arguments[:num_constants], arguments[num_constants:]
+    carry, slices = rest[:num_carry], rest[num_carry:]
 
     def body(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         results = _evaluate(params["jaxpr"], [*constants, *carry, *slices])
@@ -253,6 +253,17 @@ def _scan(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None:
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, stacked = lax.scan(body, list(carry), list(slices), **options)
     return [*carry, *stacked]
+
+
+def _sizes_of_scan(params: dict[str, Any], num_arguments: int) -> tuple[int, int] | None:
+    """The number of a scan's constants and of its carries; None if the parameters disagree."""
+    if "ft_in" not in params:
+        num_constants, num_carry = params["num_consts"], params["num_carry"]
+        return (num_constants, num_carry) if num_constants + num_carry <= num_arguments else None
+    taken, kept = ([len(part) for part in params[name].unpack()] for name in ("ft_in", "ft_out"))
+    if len(taken) != 3 or sum(taken) != num_arguments or kept[:1] != taken[1:2]:
+        return None
+    return taken[0], taken[1]
 
 
 def _cond(params: dict[str, Any], index: Any, *arguments: Any) -> Sequence[Any] | None:
