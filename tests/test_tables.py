@@ -14,8 +14,8 @@ SECOND = Row("deep_defense", {"accuracy": 1.0, "l2": 10.25, fgsm_name(0.5): 0.25
 def test_columns_that_nobody_measured_are_left_out_and_what_one_lacks_is_a_dash():
     assert text_table([FIRST, SECOND]).splitlines() == [
         "              accuracy            l_2  acc. FGSM 0.5 ref    PASS",
-        "reference       98.77%  1.000 (0.810)                 -  0.9124",
-        "deep_defense   100.00%         10.250            25.00%       -",
+        "reference       98.77%  1.000 (0.810)                  -  0.9124",
+        "deep_defense   100.00%         10.250             25.00%       -",
     ]
     assert has_published([FIRST, SECOND]) and not has_published([SECOND])
     # The paper says nothing of that.

@@ -44,6 +44,6 @@ def test_curves_are_written_at_their_steps(tmp_path):
 
 
 def test_without_the_package_that_is_said(monkeypatch):
-    assert isinstance(log.is_installed(), bool)
+    assert isinstance(log.is_tensorboard_installed(), bool)
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
-    assert not log.is_installed()
+    assert not log.is_tensorboard_installed()
