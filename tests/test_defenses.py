@@ -1,7 +1,8 @@
-"""The defenses' losses against closed forms and against one another at the ends of their mixing
-weights; Parseval.
+"""The registry, and the paper's defenses: their losses against closed forms and against one another
+at the ends of their mixing weights; Parseval; penalties and solvers by name.
 """
 
+import inspect
 from functools import partial
 
 import jax
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 
 import dd_jax
-from dd_jax import attacks, defenses
+from dd_jax import attacks, defenses, penalties
+from dd_jax.defenses import _deep_defense
 
 random = np.random.default_rng(5)
 INPUTS = random.normal(size=(7, 6))
 PARAMS = {"w": random.normal(size=(6, 5)), "v": random.normal(size=(5, 4))}
 LABELS = np.argmax(np.tanh(INPUTS @ PARAMS["w"]) @ PARAMS["v"], axis=1).astype(np.int32)
 LABELS[-2:] = (LABELS[-2:] + 1) % 4  # Misclassified.
+KEY = jax.random.key(2)
 MIXED = {"adversarial_deepfool": "mixing_weight", "adversarial_fgsm": "fgsm_weight"}
 
 
@@ -34,7 +37,8 @@ def loss_and_gradient(name, **options):
     loss_fn = defenses.make_defense(name, **options).loss_fn
 
     def objective(params):
-        loss, metrics = loss_fn(partial(net, params), jnp.asarray(INPUTS), jnp.asarray(LABELS))
+        logits_fn = partial(net, params)
+        loss, metrics = loss_fn(logits_fn, jnp.asarray(INPUTS), jnp.asarray(LABELS), KEY)
         return loss.mean(), (loss, metrics)
 
     gradient, (loss, metrics) = jax.jit(jax.grad(objective, has_aux=True))(
@@ -135,7 +139,10 @@ def test_the_combination_is_the_sum_of_its_parts():
 
 
 def test_parseval_trains_as_clean_does_but_for_the_retraction():
-    assert defenses.make_defense("parseval", beta=0.1).loss_fn is defenses.plain_loss
+    parseval = defenses.make_defense("parseval", beta=0.1)
+    assert parseval.loss_fn.func is defenses.plain_loss and not parseval.loss_fn.keywords
+    assert parseval.retract.func is defenses.parseval_retraction
+    assert parseval.retract.keywords == {"beta": 0.1}
     clean = defenses.make_defense("clean")
     assert clean.retract(PARAMS) is PARAMS
 
@@ -190,3 +197,147 @@ def test_mixing_weights_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"{weight} is {value}; it must be {allowed}"):
         loss_and_gradient(name, **{weight: value})
     assert "penalty_weight" in defenses.option_names("deep_defense_fgsm")
+
+
+# The registry
+
+
+def keywords(function):
+    """The keyword options of a loss or retraction, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    own = {one.name: one.default for one in parameters if one.kind == one.KEYWORD_ONLY}
+    passed_on = any(one.kind == one.VAR_KEYWORD for one in parameters)
+    return (keywords(_deep_defense.deep_defense_loss) if passed_on else {}) | own
+
+
+@pytest.mark.parametrize("name", defenses.NAMES)
+def test_an_entry_lists_the_options_that_its_functions_take(name):
+    entry = defenses.DEFENSES[name]
+    taken = keywords(entry.loss) | (keywords(entry.retract) if entry.retract else {})
+    assert sorted(entry.options) == sorted(taken) and defenses.option_names(name) == taken.keys()
+    assert list(inspect.signature(entry.loss).parameters)[:4] == [
+        "logits_fn",
+        "inputs",
+        "labels",
+        "key",
+    ]
+    assert (entry.swept in entry.options) if entry.swept else entry.swept is None
+    assert bool(entry.swept_symbol) == bool(entry.swept) and entry.label
+
+
+def test_names_are_in_the_papers_order_and_labels_differ():
+    assert defenses.NAMES == (
+        "clean",
+        "parseval",
+        "adversarial_deepfool",
+        "adversarial_fgsm",
+        "deep_defense",
+        "deep_defense_fgsm",
+        "adversarial_pgd",
+        "trades",
+        "mma",
+        "amm",
+    )
+    labels = [entry.label for entry in defenses.DEFENSES.values()]
+    assert len(set(labels)) == len(labels) and labels[4] == "Deep Defense"
+
+
+def test_an_option_has_one_default_whichever_defense_takes_it():
+    """Configurations hold the options of all defenses in one section."""
+    defaults = {}
+    for entry in defenses.DEFENSES.values():
+        for option, value in keywords(entry.loss).items():
+            assert defaults.setdefault(option, value) == value, option
+    assert defaults["epsilon"] == 0.1 and defaults["penalty_weight"] == 15.0
+
+
+def test_a_defense_of_ones_own_is_one_entry(monkeypatch):
+    def scaled(logits_fn, inputs, labels, key, *, strength=1.0):
+        loss, metrics = defenses.plain_loss(logits_fn, inputs, labels)
+        return strength * loss, metrics
+
+    monkeypatch.setitem(defenses.DEFENSES, "mine", defenses.Defense(scaled, options=("strength",)))
+    clean, mine = loss_and_gradient("clean"), loss_and_gradient("mine", strength=3.0)
+    assert_same(mine, jax.tree.map(lambda x: 3 * x, clean[:2]))
+    with pytest.raises(ValueError, match=r"'mine' takes no beta; it takes \['strength'\]"):
+        defenses.make_defense("mine", beta=1.0)
+    with pytest.raises(ValueError, match="choose one of clean, .*, mine"):
+        defenses.make_defense("nope")
+
+
+# Deep Defense's penalty and solver by name
+
+
+@pytest.mark.parametrize("name", penalties.PENALTIES)
+def test_a_penalty_by_name_is_that_of_penalties(name):
+    net_of = lambda params: partial(net, params)
+    for scales in ({}, {"correct_scale": 3.0, "wrong_scale": 2.0}):
+        found = loss_and_gradient("deep_defense", penalty=name, num_steps=2, **scales)
+        wanted, _ = dd_jax.deep_defense_loss(
+            net_of(jax.tree.map(jnp.asarray, PARAMS)),
+            jnp.asarray(INPUTS),
+            jnp.asarray(LABELS),
+            penalty_fn=penalties.PENALTIES[name],
+            num_steps=2,
+            **scales,
+        )
+        np.testing.assert_allclose(found[0], wanted, rtol=1e-12)
+
+
+def test_a_solver_by_name_is_the_attack_in_the_defenses_norm(monkeypatch):
+    """Looked up when it is called: the double stands for the attack of that name."""
+    norms = []
+
+    def double(logits_fn, inputs, labels, *, norm):
+        norms.append(norm)
+        found = dd_jax.deepfool(logits_fn, inputs, labels, norm=norm, num_steps=5)
+        return found._replace(perturbation=1.02 * found.perturbation)
+
+    assert {"ddn", "fmn", "superdeepfool"} < set(attacks.__all__)
+    monkeypatch.setattr(attacks, "fmn", double)
+    options = dict(penalty_weight=1.0, correct_scale=2.0, wrong_scale=1.0, gradient="at_boundary")
+    solved = loss_and_gradient("deep_defense", solver="fmn", norm="linf", **options)
+    assert set(norms) == {"linf"}
+    given = partial(double, norm="linf")
+    wanted, _ = dd_jax.deep_defense_loss(
+        partial(net, jax.tree.map(jnp.asarray, PARAMS)),
+        jnp.asarray(INPUTS),
+        jnp.asarray(LABELS),
+        norm="linf",
+        solver=given,
+        **options,
+    )
+    np.testing.assert_allclose(solved[0], wanted, rtol=1e-12)
+    assert np.abs(solved[0] - loss_and_gradient("clean")[0]).min() > 1e-3
+
+
+def test_superdeepfool_as_the_solver_has_the_closed_form_on_an_affine_net():
+    weights, inputs = jnp.asarray(PARAMS["v"][:, :3]), jnp.asarray(INPUTS[:, :5])
+    labels = jnp.argmax(inputs @ weights, axis=1).astype(jnp.int32)
+    defense = defenses.make_defense("deep_defense", solver="superdeepfool", gradient="at_boundary")
+    _, metrics = defense.loss_fn(lambda x: x @ weights, inputs, labels, KEY)
+    logits, size = inputs @ weights, np.linalg.norm(inputs, axis=1)
+    for row, label in enumerate(labels):
+        distances = [
+            (logits[row, label] - logits[row, other])
+            / np.linalg.norm(weights[:, label] - weights[:, other])
+            for other in range(3)
+            if other != label
+        ]
+        np.testing.assert_allclose(metrics["margin"][row], min(distances) / size[row], rtol=0.02)
+
+
+REFUSED = {
+    "no penalty 'nope'; choose one of exponential, hinge": dict(penalty="nope"),
+    "no solver 'pgd'; choose one of deepfool, ddn, fmn, superdeepfool": dict(solver="pgd"),
+    "solver 'ddn' is for norm 'l2', and norm is 'linf'": dict(solver="ddn", norm="linf"),
+    "give gradient='at_boundary'": dict(solver="fmn"),
+    "gradient is 'sideways'": dict(gradient="sideways"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("name", ["deep_defense", "deep_defense_fgsm"])
+def test_names_that_make_no_sense_are_refused(message, name, unchecked):
+    with pytest.raises(ValueError, match=message):
+        loss_and_gradient(name, **REFUSED[message])

@@ -64,8 +64,8 @@ def train(model, optimizer, loss_fn, num_steps, batch=BATCH, state=None):
     """Takes steps on one and the same batch; returns the state and what each step measured."""
     defense = (
         loss_fn
-        if isinstance(loss_fn, defenses.Defense)
-        else defenses.Defense(loss_fn, lambda params: params)
+        if isinstance(loss_fn, defenses.BoundDefense)
+        else defenses.BoundDefense(loss_fn, lambda params: params)
     )
     train_step = training.make_train_step(model, optimizer, defense)
     state, measured = start(model, optimizer) if state is None else state, []
@@ -87,7 +87,7 @@ assert_close = partial(assert_trees, partial(np.testing.assert_allclose, rtol=1e
 # The optimizer
 
 
-def half_square(logits_fn, inputs, labels):
+def half_square(logits_fn, inputs, labels, key):
     error = logits_fn(inputs)[:, 0] - labels
     return error**2 / 2, {"error": error}
 

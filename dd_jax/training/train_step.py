@@ -1,11 +1,12 @@
 """The training state, the training step and the loop around it.
 
-A run is a pure function of its configuration: the batch of step s and the random key of step s
-depend on the seed and on s alone, and the state holds arrays only. So a run that was killed and
-goes on from its latest checkpoint ends bitwise where an uninterrupted one ends.
+A run is a pure function of its configuration: the batch and the random key of a step depend on the
+seed and on the step's number alone, and the state holds arrays only. So a run that was killed and
+resumes from its latest checkpoint ends with bitwise the same weights as an uninterrupted one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,10 +17,13 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dd_jax import parallel
-from dd_jax.defenses import Defense
+from dd_jax.defenses import BoundDefense, is_plain
+from dd_jax.training.optimizer import average_of
 from dd_jax.types import LogitsFn
 
 Batch = Mapping[str, np.ndarray | Array]  # NumPy arrays, which are tracers within jit.
+
+DEFENSE_STREAM = 1  # Folded into a step's key, so that a defense does not draw the net's masks.
 
 
 class TrainState(NamedTuple):
@@ -45,13 +49,13 @@ def make_logits_fn(
     *,
     compute_dtype: Any = jnp.float32,
 ) -> LogitsFn:
-    """The one seam between Flax and the core: a net with its weights, as a function from inputs to
-    logits.
+    """A Flax net with its weights, as a function from inputs to logits: all that the core sees of
+    it.
 
-    With a `dropout_key` the net is thinned by the mask that the key stands for, the same one at
-    every call. Batch normalization runs on its stored statistics in any case. `compute_dtype`: of
-    weights and activations within the net; inputs and logits keep the inputs' dtype, so that
-    bfloat16 leaves the arithmetic of perturbations in float32.
+    With a `dropout_key`, dropout is on, and the key determines its mask, the same one at every
+    call. Batch normalization always uses its stored statistics. `compute_dtype`: of weights and
+    activations within the net; inputs and logits keep the inputs' dtype, so that bfloat16 leaves
+    the arithmetic of perturbations in float32.
     """
     variables = (
         {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
@@ -65,49 +69,13 @@ def make_logits_fn(
     )
 
 
-def halved_at_four_fifths(rate: float, num_steps: int) -> optax.Schedule:
-    """The authors' schedule for fine-tuning: the rate is halved once, at 80 % of the steps."""
-    return optax.piecewise_constant_schedule(rate, {int(0.8 * num_steps): 0.5})
-
-
-def cosine(rate: float, num_steps: int) -> optax.Schedule:
-    """From the rate to zero along half a cosine, for training from scratch."""
-    return optax.cosine_decay_schedule(rate, max(num_steps, 1))
-
-
-SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
-    "halved_at_four_fifths": halved_at_four_fifths,
-    "cosine": cosine,
-}
-
-
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    momentum: float,
-    weight_decay: float,
-    max_gradient_norm: float = 0.0,
-) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay is added to the gradient, on all parameters, as PyTorch and
-    the authors do.
-
-    A gradient of the loss longer than `max_gradient_norm` is shortened to it first (0: never, as
-    the authors). Deep Defense needs that where the reference net is poor: the penalty grows
-    exponentially with what a misclassified image is off by.
-    """
-    clip = optax.clip_by_global_norm(max_gradient_norm) if max_gradient_norm else optax.identity()
-    return optax.chain(
-        clip, optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
-    )
-
-
 def initial_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,
 ) -> TrainState:
-    """A state with freshly drawn weights."""
+    """A state at step 0 with newly drawn weights."""
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape), jnp.float32))
     return fresh_state(optimizer, variables["params"], variables.get("batch_stats", {}))
 
@@ -119,51 +87,149 @@ def fresh_state(
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
+def averaged(state: TrainState) -> TrainState:
+    """The same state with the average of its parameters in their place, where the optimizer keeps
+    one (`make_optimizer(average_decay=...)`); otherwise, and before the first step, unchanged.
+
+    Batch statistics are not averaged: they stay those of the last step.
+    """
+    return state._replace(params=average_of(state.opt_state, state.params))
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    defense: Defense,
+    defense: BoundDefense,
     *,
     accumulation_steps: int = 1,
     compute_dtype: Any = jnp.float32,
+    update_batch_stats: bool = False,
 ) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A `train_step(state, batch, key) -> (state, metrics)`, compiled for all devices.
 
     batch: this process's share, {"image": (batch, ...) inputs, "label": (batch,), "mask":
-    (batch,)}; the loss is the mean over all processes' examples with mask 1, whatever the number of
+    (batch,)}. The loss is the mean over all processes' examples with mask 1, whatever the number of
     devices. Metrics are means over the same examples: "loss" and what the defense reports. Every
     device takes its examples in `accumulation_steps` equal parts, one after the other, and adds up
     their gradients: the memory of one part is enough. `compute_dtype` as in `make_logits_fn`. The
     state, see `parallel.replicate`, is consumed.
+
+    A defense's random numbers depend on the key, on the step, and on an example's place on its
+    device. They are the same on every device, whose examples differ.
+
+    update_batch_stats: train batch normalization. Each part of each device is normalized by its own
+    mean and variance, filled-up examples included, through which the gradient flows; the net is
+    called with train=True and update_batch_stats=True, and must update its statistics then. The new
+    statistics are the mean of those of all parts, weighted by their numbers of examples with mask
+    1. So the result depends on how a batch is divided. False: the stored statistics are used, and
+    left as they are, as in all attacks.
+
+    ValueError for update_batch_stats with a defense other than "clean" or "parseval", whose attacks
+    need the stored statistics, or with a net that has none.
     """
+    if update_batch_stats and not is_plain(defense):
+        raise ValueError(
+            "update_batch_stats is for the defenses clean and parseval alone: the others attack "
+            "the net, which then must not change. Train batch normalization first."
+        )
+    sums_of = _sums_and_new_batch_stats if update_batch_stats else _sums
+    objective = partial(sums_of, model, defense, compute_dtype)
 
     def train_step(
         state: TrainState, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
-        dropout_key = jax.random.fold_in(key, state.step)
-
-        def objective(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
-            logits_fn = make_logits_fn(
-                model, params, state.batch_stats, dropout_key, compute_dtype=compute_dtype
-            )
-            loss, details = defense.loss_fn(logits_fn, part["image"], part["label"])
-            sums = {
-                name: jnp.sum(values * part["mask"])
-                for name, values in {"loss": loss, **details}.items()
-            }
-            return sums["loss"], sums | {"examples": jnp.sum(part["mask"])}
-
-        gradient_of = lambda part: jax.grad(objective, has_aux=True)(state.params, part)
+        step_key = jax.random.fold_in(key, state.step)
+        gradient_of = lambda part: jax.grad(objective, has_aux=True)(
+            state.params, state.batch_stats, part, step_key
+        )
+        numbered = {**batch, "row": jnp.arange(len(batch["mask"]))}
         gradient, sums = parallel.sum_over_devices(
-            parallel.summed_in_parts(gradient_of, batch, accumulation_steps)
+            parallel.summed_in_parts(gradient_of, numbered, accumulation_steps)
         )
         examples = jnp.maximum(sums.pop("examples"), 1)
         gradient, means = jax.tree.map(lambda x: x / examples, (gradient, sums))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = defense.retract(optax.apply_updates(state.params, updates))
-        return TrainState(state.step + 1, params, state.batch_stats, opt_state), means
+        change = means.pop("batch_stats_change", None)
+        return _updated(optimizer, defense, state, gradient, change), means
 
     return parallel.on_all_devices(train_step, donate_state=True, split_into=accumulation_steps)
+
+
+def _sums(
+    model: nn.Module,
+    defense: BoundDefense,
+    compute_dtype: Any,
+    params: Any,
+    batch_stats: Any,
+    part: Batch,
+    step_key: PRNGKeyArray,
+) -> tuple[Array, dict[str, Array]]:
+    """The sum of the losses over a part's examples with mask 1, and all sums by name."""
+    logits_fn = make_logits_fn(model, params, batch_stats, step_key, compute_dtype=compute_dtype)
+    # Another key than the net's masks, and another one for every part.
+    key = jax.random.fold_in(jax.random.fold_in(step_key, DEFENSE_STREAM), part["row"][0])
+    loss, details = defense.loss_fn(logits_fn, part["image"], part["label"], key)
+    return _masked_sums(loss, details, part["mask"])
+
+
+def _sums_and_new_batch_stats(
+    model: nn.Module,
+    defense: BoundDefense,
+    compute_dtype: Any,
+    params: Any,
+    batch_stats: Any,
+    part: Batch,
+    step_key: PRNGKeyArray,
+) -> tuple[Array, dict[str, Any]]:
+    """The same with batch normalization in training, and "batch_stats_change": how the statistics
+    change, times the number of examples.
+    """
+    if not batch_stats:
+        raise ValueError(
+            "update_batch_stats is True, and the net has no batch normalization: leave it False."
+        )
+    narrow = jax.tree.map(lambda x: x.astype(compute_dtype), params)
+    logits, updated = model.apply(
+        {"params": narrow, "batch_stats": batch_stats},
+        part["image"].astype(compute_dtype),
+        train=True,
+        update_batch_stats=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": step_key},
+    )
+    logits = logits.astype(part["image"].dtype)
+    loss, details = defense.loss_fn(lambda _: logits, part["image"], part["label"], step_key)
+    total, sums = _masked_sums(loss, details, part["mask"])
+    change = jax.tree.map(
+        lambda new, old: (new.astype(old.dtype) - old) * sums["examples"],
+        updated["batch_stats"],
+        batch_stats,
+    )
+    return total, sums | {"batch_stats_change": change}
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    defense: BoundDefense,
+    state: TrainState,
+    gradient: Any,
+    batch_stats_change: Any,
+) -> TrainState:
+    """The state after an update; a `batch_stats_change` of None leaves the statistics alone."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = defense.retract(optax.apply_updates(state.params, updates))
+    batch_stats = state.batch_stats
+    if batch_stats_change is not None:
+        batch_stats = jax.tree.map(jnp.add, batch_stats, batch_stats_change)
+    return TrainState(state.step + 1, params, batch_stats, opt_state)
+
+
+def _masked_sums(
+    loss: Float[Array, " batch"],
+    details: Mapping[str, Float[Array, " batch"]],
+    mask: Float[Array, " batch"],
+) -> tuple[Array, dict[str, Array]]:
+    sums = {name: jnp.sum(values * mask) for name, values in {"loss": loss, **details}.items()}
+    return sums["loss"], sums | {"examples": jnp.sum(mask)}
 
 
 def fit(
@@ -175,12 +241,12 @@ def fit(
     seed: int,
     log_every: int = 50,
 ) -> Iterator[tuple[TrainState, int, dict[str, float] | None]]:
-    """Trains from the state's own step to `num_steps`, yielding `(state, step, means)` after every
-    step.
+    """Trains from the state's own step to `num_steps`, and yields `(state, step, means)` after
+    every step.
 
-    `means` are the metrics averaged over the last `log_every` steps, None between. The caller
-    saves, logs and shows progress. A yielded state is consumed by the next step. DivergenceError
-    when the loss is not finite.
+    `means` are the metrics averaged over the last `log_every` steps, and None at the steps between.
+    The caller saves, logs and shows progress. A yielded state is consumed by the next step. Raises
+    DivergenceError when the loss is not finite.
     """
     key = jax.random.key(seed)
     recent: list[dict[str, Array]] = []
@@ -194,8 +260,7 @@ def fit(
             if not np.isfinite(means["loss"]):
                 raise DivergenceError(
                     f"The loss is not finite between steps {step + 1 - len(recent)} and "
-                    f"{step + 1}: "
-                    "lower the learning rate or the penalty's weight."
+                    f"{step + 1}: lower the learning rate or the penalty's weight."
                 )
             recent = []
         yield state, step + 1, means
