@@ -24,9 +24,9 @@ from dd_jax import models, training
 from dd_jax.models.imagenet import GRAY_LEVELS, ResidualBlock
 from dd_jax.models.layers import (
     batch_dropout,
+    batch_norm,
     conv,
     dense,
-    fixed_batch_norm,
     flatten,
     local_response_norm,
 )
@@ -164,7 +164,7 @@ class Pieces(nn.Module):
     def __call__(self, x, train=False):
         x = nn.relu(conv(6, 5, stride=2, padding=2, name="conv1")(x))
         x = max_pool(local_response_norm(x, alpha=0.5), 3, 2, ceil_mode=True)
-        x = nn.relu(fixed_batch_norm(name="bn")(conv(4, 3, padding=1, groups=2, name="conv2")(x)))
+        x = nn.relu(batch_norm(name="bn")(conv(4, 3, padding=1, groups=2, name="conv2")(x)))
         x = ResidualBlock(4, stride=2, name="block")(max_pool(x, 3, 2, padding=1))
         x = batch_dropout(train=train, name="drop")(flatten(x))
         return dense(4, name="fc")(x)

@@ -30,7 +30,7 @@ KERNELS = {
     },
 }  # fmt: skip
 NUM_PARAMETERS = {"mlp": 469_160, "lenet": 431_080, "convnet": 145_578, "nin": 966_986}
-NAMES = tuple(KERNELS)  # Those for ImageNet are in test_imagenet_models.py.
+NAMES = tuple(KERNELS)  # The others are in test_imagenet_models.py and test_cifar_resnets.py.
 each_net = pytest.mark.parametrize("name", NAMES)
 
 
@@ -196,7 +196,8 @@ def test_dropout_keeps_half_and_doubles_it(nin):
 
 
 def test_names_and_shapes():
-    assert list(models.NAMES) == [*NAMES, "alexnet", "alexnet_torchvision", "resnet18"]
+    others = ["alexnet", "alexnet_torchvision", "resnet18", "preactresnet18", "wideresnet28_10"]
+    assert list(models.NAMES) == [*NAMES, *others]
     assert [models.input_shape(name) for name in NAMES] == [(28, 28, 1)] * 2 + [(32, 32, 3)] * 2
 
 

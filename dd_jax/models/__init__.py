@@ -1,55 +1,58 @@
-"""The nets of the paper's experiments, as Flax Linen modules, by name.
+"""The nets of the paper's experiments and of later ones, as Flax Linen modules, by name.
 
     model = models.create("lenet")
     variables = model.init(key, jnp.zeros((1, *models.input_shape("lenet"))))
     logits = model.apply(variables, images)
 
-Every net is called as `model.apply(variables, images, train=False)`: images (batch, height, width,
-channels) to logits (batch, num_classes), row by row. Variables are {"params": ...}, and for nets
-with batch normalization "batch_stats" beside: the statistics they were trained with, which are used
-as they stand, also with `train`.
+Every net is called as `model.apply(variables, images, train=False)`. It maps images (batch, height,
+width, channels) to logits (batch, num_classes), each row independently of the others. Variables are
+{"params": ...}, and for nets with batch normalization also "batch_stats", the running statistics.
+
+Batch normalization uses the stored statistics, with and without `train`. To train the statistics,
+call a net that has "batch_stats" with `update_batch_stats`:
+
+    logits, updated = model.apply(
+        variables, images, train=True, update_batch_stats=True, mutable=["batch_stats"]
+    )
+
+Rows then depend on one another through the batch's mean and variance; attacks need the first form.
 """
 
 import flax.linen as nn
 
-from dd_jax.models.cifar import NIN, ConvNet
-from dd_jax.models.imagenet import AlexNet, AlexNetTorchvision, ResNet18
-from dd_jax.models.mnist import MLP, LeNet
+from dd_jax.models.catalog import NETS, Net, TorchLayout
 
-_NETS: dict[str, type[nn.Module]] = {
-    "mlp": MLP,
-    "lenet": LeNet,
-    "convnet": ConvNet,
-    "nin": NIN,
-    "alexnet": AlexNet,
-    "alexnet_torchvision": AlexNetTorchvision,
-    "resnet18": ResNet18,
-}
+__all__ = ["NAMES", "NETS", "Net", "TorchLayout", "create", "input_shape"]
 
-NAMES: tuple[str, ...] = tuple(_NETS)
+NAMES: tuple[str, ...] = tuple(NETS)
 
 
 def create(name: str, num_classes: int | None = None) -> nn.Module:
-    """The net of that name, one of `NAMES`, without weights. ValueError for another name or fewer
-    than two classes.
+    """Returns the net of a name, one of `NAMES`, without weights.
 
-    None stands for the net's own number of classes: 10, or 1000 for the nets for ImageNet.
+    `num_classes` None stands for the net's own number of classes: 1000 for the nets for ImageNet,
+    10 for the others.
+
+    Raises:
+      ValueError: unknown name, or fewer than two classes.
     """
     if num_classes is None:
-        return _net(name)()
+        return _module(name)()
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2.")
-    return _net(name)(num_classes=num_classes)
+    return _module(name)(num_classes=num_classes)
 
 
 def input_shape(name: str) -> tuple[int, int, int]:
-    """(height, width, channels) of the images that the net of that name is made for. ValueError for
-    another name.
+    """Returns (height, width, channels) of the images that the net of that name takes.
+
+    Raises:
+      ValueError: unknown name.
     """
-    return _net(name).input_shape
+    return _module(name).input_shape
 
 
-def _net(name: str) -> type[nn.Module]:
-    if name not in _NETS:
-        raise ValueError(f"There is no net {name!r}; the nets are {', '.join(NAMES)}.")
-    return _NETS[name]
+def _module(name: str) -> type[nn.Module]:
+    if name not in NETS:
+        raise ValueError(f"There is no net {name!r}; choose one of {', '.join(NAMES)}.")
+    return NETS[name].module

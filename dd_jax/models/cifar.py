@@ -1,7 +1,7 @@
 """The paper's nets for CIFAR-10: ConvNet and NIN (Deep Defense, supplement), for 32 x 32 images of
 three channels.
 
-Layers carry the names that the authors' PyTorch code gives them.
+Layers have the same names as in the authors' PyTorch code.
 """
 
 from typing import ClassVar
@@ -14,14 +14,14 @@ from dd_jax.xla.pooling import avg_pool, max_pool
 
 
 class ConvNet(nn.Module):
-    """Convolutions all the way, two kinds of pooling: 145,578 parameters at 10 classes.
+    """ConvNet, without fully connected layers: 145,578 parameters at 10 classes.
 
     Conv-5-32, MaxPool-2, ReLU, Conv-5-32, ReLU, AvgPool-2, Conv-5-64, ReLU, AvgPool-2, Conv-4-64
-    (valid), ReLU, Conv-1-`num_classes`. 5x5 convolutions keep the size; the first ReLU follows its
-    pooling.
+    (valid), ReLU, Conv-1-`num_classes`. 5x5 convolutions keep the size. In the first stage the ReLU
+    follows the pooling, in the others it precedes it.
 
-    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes
-    of inputs and parameters. `train` makes no difference.
+    Takes (batch, 32, 32, channels); other sizes raise ValueError. Computes in the wider of the
+    dtypes of inputs and parameters. `train` has no effect.
     """
 
     num_classes: int = 10
@@ -46,14 +46,12 @@ class NIN(nn.Module):
     AvgPool-2, dropout, Conv-3-192, Conv-1-192, Conv-1-`num_classes`, AvgPool-8. A ReLU follows
     every convolution but the last; 5x5 and 3x3 convolutions keep the size.
 
-    With `train` the random key "dropout" (`rngs={"dropout": key}`) draws ONE mask per dropout layer
-    and call, shared by the whole batch: 0 with probability 0.5, else 2. A key is then one fixed
-    thinned net, whatever the batch's size and whatever an example's place in it. Attacks need that:
-    within a training step they call the net again and again, each time on the examples that are
-    still active. Without `train` there is no dropout, and no key is needed.
+    With `train`, the random key "dropout" (`rngs={"dropout": key}`) draws one mask per dropout
+    layer, shared by the whole batch: 0 with probability 0.5, else 2 (`layers.batch_dropout`).
+    Without `train` there is no dropout, and no key is needed.
 
-    Takes (batch, 32, 32, channels), ValueError for other sizes. Computes in the wider of the dtypes
-    of inputs and parameters.
+    Takes (batch, 32, 32, channels); other sizes raise ValueError. Computes in the wider of the
+    dtypes of inputs and parameters.
     """
 
     num_classes: int = 10

@@ -1,13 +1,13 @@
 """The paper's nets for ImageNet: AlexNet as in Caffe, AlexNet as in torchvision, and ResNet-18 as
 in torchvision.
 
-All take (batch, height, width, 3) and give 1000 logits. Padding is PyTorch's and Caffe's, the same
-on every side, never "SAME": with a stride of 2 that shifts the windows by a pixel, and the
-published weights would read the wrong ones. Each net has its own input space, and channel order:
+All take (batch, height, width, 3) and return 1000 logits. Padding is the same on every side, as in
+PyTorch and Caffe. "SAME" would shift the windows of a stride of 2 by one pixel, and the published
+weights would read the wrong pixels. Each net has its own input space and order of channels:
 
     alexnet              BGR, (gray levels 0..255 minus Caffe's mean image) / 255
     alexnet_torchvision  RGB, (gray levels / 255 - mean) / std per channel
-    resnet18             RGB, likewise
+    resnet18             RGB, as alexnet_torchvision
 """
 
 from typing import Any, ClassVar
@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from dd_jax.models.layers import (
     batch_dropout,
+    batch_norm,
     conv,
     dense,
-    fixed_batch_norm,
     flatten,
     local_response_norm,
 )
@@ -29,20 +29,21 @@ GRAY_LEVELS = 255.0
 
 
 class AlexNet(nn.Module):
-    """Caffe's bvlc_alexnet (Krizhevsky et al. 2012 on two GPUs' worth of groups): 60,965,224
+    """Caffe's bvlc_alexnet (Krizhevsky et al. 2012, with its groups for two GPUs): 60,965,224
     parameters at 1000 classes.
 
     Conv-11-96 (stride 4, valid), ReLU, LRN, MaxPool-3/2; Conv-5-256 (2 groups), ReLU, LRN,
     MaxPool-3/2; Conv-3-384, ReLU; Conv-3-384 (2 groups), ReLU; Conv-3-256 (2 groups), ReLU,
     MaxPool-3/2; FC-4096, ReLU, dropout; FC-4096, ReLU, dropout; FC-`num_classes`. 5x5 and 3x3
-    convolutions keep the size. Pooling windows overlap, and run over the end (ceil mode).
+    convolutions keep the size. Pooling windows overlap, and the last one may exceed the maps (ceil
+    mode).
 
-    Takes (batch, 227, 227, 3) in units of 1/255 of a pixel's range, and multiplies by 255 itself:
-    Caffe's weights serve as they are, and a perturbation is measured in the paper's unit. Images of
-    another size of at least 39 pixels will do, which `init` fixes. Fresh weights are drawn as in
-    Caffe's `train_val.prototxt`.
+    Takes (batch, 227, 227, 3), where 1 is a pixel's range of 255 gray levels, and multiplies by 255
+    itself. Caffe's weights therefore apply unchanged, and a perturbation is measured in the paper's
+    unit. Images of another size of at least 39 pixels are allowed; the size given to `init` is
+    fixed. Initial weights are drawn as in Caffe's `train_val.prototxt`.
 
-    With `train`, the key "dropout" thins it by one mask for the whole batch
+    With `train`, the random key "dropout" draws one mask per dropout layer for the whole batch
     (`layers.batch_dropout`). Computes in the wider of the dtypes of inputs and parameters.
     """
 
@@ -54,14 +55,7 @@ class AlexNet(nn.Module):
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Logits of a batch."""
-        x = nn.relu(conv(96, 11, stride=4, **_drawn(0.01), name="conv1")(GRAY_LEVELS * x))
-        x = max_pool(local_response_norm(x), 3, 2, ceil_mode=True)
-        x = nn.relu(conv(256, 5, padding=2, groups=2, **_drawn(0.01, bias=0.1), name="conv2")(x))
-        x = max_pool(local_response_norm(x), 3, 2, ceil_mode=True)
-        x = nn.relu(conv(384, 3, padding=1, **_drawn(0.01), name="conv3")(x))
-        x = nn.relu(conv(384, 3, padding=1, groups=2, **_drawn(0.01, bias=0.1), name="conv4")(x))
-        x = nn.relu(conv(256, 3, padding=1, groups=2, **_drawn(0.01, bias=0.1), name="conv5")(x))
-        x = flatten(max_pool(x, 3, 2, ceil_mode=True))
+        x = flatten(_caffe_maps(GRAY_LEVELS * x))
         x = nn.relu(dense(4096, **_drawn(0.005, bias=0.1), name="fc6")(x))
         x = batch_dropout(train=train, name="drop6")(x)
         x = nn.relu(dense(4096, **_drawn(0.005, bias=0.1), name="fc7")(x))
@@ -69,8 +63,20 @@ class AlexNet(nn.Module):
         return dense(self.num_classes, **_drawn(0.01), name="fc8")(x)
 
 
+def _caffe_maps(x: Maps) -> Float[Array, "batch down across features"]:
+    """The convolutional part, from gray levels to maps of 256 channels; call it within the net."""
+    x = nn.relu(conv(96, 11, stride=4, **_drawn(0.01), name="conv1")(x))
+    x = max_pool(local_response_norm(x), 3, 2, ceil_mode=True)
+    x = nn.relu(conv(256, 5, padding=2, groups=2, **_drawn(0.01, bias=0.1), name="conv2")(x))
+    x = max_pool(local_response_norm(x), 3, 2, ceil_mode=True)
+    x = nn.relu(conv(384, 3, padding=1, **_drawn(0.01), name="conv3")(x))
+    x = nn.relu(conv(384, 3, padding=1, groups=2, **_drawn(0.01, bias=0.1), name="conv4")(x))
+    x = nn.relu(conv(256, 3, padding=1, groups=2, **_drawn(0.01, bias=0.1), name="conv5")(x))
+    return max_pool(x, 3, 2, ceil_mode=True)
+
+
 def _drawn(std: float, bias: float = 0.0) -> dict[str, Any]:
-    """Caffe's fillers: normal weights, constant biases."""
+    """Returns Caffe's initialization of a layer: normal weights, constant biases."""
     return {"kernel_init": nn.initializers.normal(std), "bias_init": nn.initializers.constant(bias)}
 
 
@@ -81,10 +87,10 @@ class AlexNetTorchvision(nn.Module):
     Conv-11-64 (stride 4, padding 2), ReLU, MaxPool-3/2; Conv-5-192, ReLU, MaxPool-3/2; Conv-3-384,
     ReLU; Conv-3-256, ReLU; Conv-3-256, ReLU, MaxPool-3/2; dropout, FC-4096, ReLU; dropout, FC-4096,
     ReLU; FC-`num_classes`. 5x5 and 3x3 convolutions keep the size. torchvision's adaptive pooling
-    to 6 x 6 does nothing at 224 x 224, and is left out.
+    to 6 x 6 has no effect at 224 x 224 and is left out.
 
-    Takes (batch, 224, 224, 3), or images of another size of at least 63 pixels, which `init` fixes.
-    `train` and dtypes as in `AlexNet`.
+    Takes (batch, 224, 224, 3), or images of another size of at least 63 pixels; the size given to
+    `init` is fixed. `train` and dtypes are as in `AlexNet`.
     """
 
     num_classes: int = 1000
@@ -114,10 +120,10 @@ class ResNet18(nn.Module):
     blocks with 64, 128, 256 and 512 channels, all but the first halving the size; the mean over
     pixels; FC-`num_classes`. Convolutions have no bias.
 
-    Takes (batch, 224, 224, 3), or images of any other size. Batch normalization runs on stored
-    statistics in any case (`layers.fixed_batch_norm`), so `train` makes no difference. Computes in
-    the wider of the dtypes of inputs and parameters; what batch normalization does with its
-    statistics, in the wider of theirs too.
+    Takes (batch, 224, 224, 3), or images of any other size. Batch normalization uses its stored
+    statistics, with and without `train`; with `update_batch_stats` it uses the batch's and updates
+    the stored ones (`layers.batch_norm`). Computes in the widest of the dtypes of inputs,
+    parameters and statistics.
     """
 
     num_classes: int = 1000
@@ -125,39 +131,45 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
+        self,
+        x: Float[Array, "batch height width channels"],
+        train: bool = False,
+        update_batch_stats: bool = False,
     ) -> Float[Array, "batch classes"]:
         """Logits of a batch."""
-        x = fixed_batch_norm(name="bn1")(
-            conv(64, 7, stride=2, padding=3, use_bias=False, name="conv1")(x)
-        )
-        x = max_pool(nn.relu(x), 3, 2, padding=1)
+        norm = {"update_batch_stats": update_batch_stats}
+        x = conv(64, 7, stride=2, padding=3, use_bias=False, name="conv1")(x)
+        x = max_pool(nn.relu(batch_norm(**norm, name="bn1")(x)), 3, 2, padding=1)
         for stage, features in enumerate((64, 128, 256, 512), start=1):
-            x = ResidualBlock(features, stride=1 if stage == 1 else 2, name=f"layer{stage}_0")(x)
-            x = ResidualBlock(features, name=f"layer{stage}_1")(x)
+            stride = 1 if stage == 1 else 2
+            x = ResidualBlock(features, stride=stride, name=f"layer{stage}_0")(x, **norm)
+            x = ResidualBlock(features, name=f"layer{stage}_1")(x, **norm)
         return dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
 
 
 class ResidualBlock(nn.Module):
-    """Conv-3, BN, ReLU, Conv-3, BN, plus the input, ReLU; where the shape changes the input passes
-    Conv-1, BN.
+    """Conv-3, BN, ReLU, Conv-3, BN, plus the shortcut, ReLU.
+
+    The shortcut is the input, or Conv-1, BN of it where the shape changes.
     """
 
     features: int
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: Maps) -> Float[Array, "batch down across features"]:
-        """(batch, height, width, channels) to (batch, height / stride, width / stride, features),
-        rounded up.
+    def __call__(
+        self, x: Maps, update_batch_stats: bool = False
+    ) -> Float[Array, "batch down across features"]:
+        """Maps (batch, height, width, channels) to (batch, height / stride, width / stride,
+        features), sizes rounded up.
         """
+        norm = {"update_batch_stats": update_batch_stats}
         plain = {"use_bias": False}
         y = conv(self.features, 3, stride=self.stride, padding=1, **plain, name="conv1")(x)
-        y = nn.relu(fixed_batch_norm(name="bn1")(y))
-        y = fixed_batch_norm(name="bn2")(
-            conv(self.features, 3, padding=1, **plain, name="conv2")(y)
-        )
+        y = nn.relu(batch_norm(**norm, name="bn1")(y))
+        y = conv(self.features, 3, padding=1, **plain, name="conv2")(y)
+        y = batch_norm(**norm, name="bn2")(y)
         if x.shape != y.shape:
             x = conv(self.features, 1, stride=self.stride, **plain, name="downsample_conv")(x)
-            x = fixed_batch_norm(name="downsample_bn")(x)
+            x = batch_norm(**norm, name="downsample_bn")(x)
         return nn.relu(x + y)

@@ -1,7 +1,7 @@
 """The paper's nets for MNIST: MLP and LeNet (Deep Defense, supplement), for 28 x 28 images of one
 channel.
 
-Layers carry the names that the authors' PyTorch code gives them.
+Layers have the same names as in the authors' PyTorch code.
 """
 
 from typing import ClassVar
@@ -17,8 +17,8 @@ class MLP(nn.Module):
     """FC-500, ReLU, FC-150, ReLU, FC-`num_classes`: 469,160 parameters for 28 x 28 images and 10
     classes.
 
-    Takes inputs of any shape (batch, ...) and flattens them; `init` fixes their size. Computes in
-    the wider of the dtypes of inputs and parameters. `train` makes no difference.
+    Takes inputs of any shape (batch, ...) and flattens them; the size given to `init` is fixed.
+    Computes in the wider of the dtypes of inputs and parameters. `train` has no effect.
     """
 
     num_classes: int = 10
@@ -39,9 +39,9 @@ class LeNet(nn.Module):
     """Conv-5-20, MaxPool-2, Conv-5-50, MaxPool-2, FC-500, ReLU, FC-`num_classes`: 431,080
     parameters at 10 classes.
 
-    Convolutions are valid, and no ReLU follows them. Takes (batch, 28, 28, 1), or images of another
-    size of at least 16 pixels, which `init` fixes. Computes in the wider of the dtypes of inputs
-    and parameters. `train` makes no difference.
+    Convolutions are valid (no padding), and no ReLU follows them. Takes (batch, 28, 28, 1), or
+    images of another size of at least 16 pixels; the size given to `init` is fixed. Computes in the
+    wider of the dtypes of inputs and parameters. `train` has no effect.
     """
 
     num_classes: int = 10
