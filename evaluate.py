@@ -43,8 +43,8 @@ def main() -> None:
     if arguments.compare:
         command_line.say(comparison.compare(arguments.compare, arguments.out, **options))
         return
-    parts = build.open_run(arguments.workdir, arguments.data_dir)
-    command_line.say(comparison.measure_run(parts, names=arguments.measure, limit=arguments.limit))
+    run = build.open_run(arguments.workdir, arguments.data_dir)
+    command_line.say(comparison.measure_run(run, names=arguments.measure, limit=arguments.limit))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Trains a reference net, defends it, and prints what it gained.
 
     python train.py --config configs/digits_mlp.py [--workdir DIR] [--data_dir DIR]
-    [--config.FIELD=VALUE ...] python train.py --config configs/digits_mlp.py --sweep
-    defense.correct_scale=5,10,20
+        [--config.FIELD=VALUE ...]
+    python train.py --config configs/digits_mlp.py --sweep defense.correct_scale=5,10,20
 
-The run directory (default: runs/CONFIG_NAME) keeps everything; the same command on it goes on where
-it stopped. A sweep makes a run for every value, in directories within it, from one reference net;
-evaluate.py --compare puts them side by side.
+The run directory (default: runs/CONFIG_NAME) keeps everything; rerun the command to resume. A sweep
+makes a run for every value, in directories within it, from one reference net; evaluate.py --compare
+puts them side by side.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from functools import partial
 
 from dd_jax import parallel, xla
 from dd_jax.experiment import build, command_line, configuration, runs, sweeps
-from dd_jax.results import reports
+from dd_jax.results.report import file_name, table
 
 
 def main() -> None:
@@ -43,52 +43,46 @@ def main() -> None:
         return
     chosen = sweeps.expand(arguments.sweep, overrides, workdir)
     for run in chosen:  # All are checked before the first begins.
-        command_line.prepared_by_all(partial(checked, arguments, run.overrides, workdir / run.name))
+        check = partial(checked, arguments, run.overrides, workdir / run.name)
+        command_line.prepared_by_all(check)
     for number, run in enumerate(chosen, 1):
         command_line.say(f"run {number} of {len(chosen)}: {run.name}")
         train(arguments, run.overrides, workdir / run.name)
     command_line.say(f"\nCompare them: python evaluate.py --compare {workdir}/*")
 
 
-def read(arguments, overrides: Sequence[str]):
+def checked(arguments, overrides: Sequence[str], workdir: pathlib.Path):
     config = configuration.read(arguments.config, overrides)
     if arguments.data_dir:
         config.data.dir = arguments.data_dir
-    return config
-
-
-def checked(arguments, overrides: Sequence[str], workdir: pathlib.Path):
-    config = read(arguments, overrides)
     configuration.check_directory(config, workdir)
     return config
 
 
-def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> build.Experiment:
-    parts = build.build(checked(arguments, overrides, workdir), workdir)
-    build.given_reference(parts)
-    return parts
+def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path):
+    config = checked(arguments, overrides, workdir)
+    run = build.build_run(config, workdir)
+    if run.load_reference is not None:
+        run.load_reference()  # Whether it is of use is said before the run begins.
+    return config, run
 
 
 def train(arguments, overrides: Sequence[str], workdir: pathlib.Path) -> None:
-    parts = command_line.prepared_by_all(partial(prepared, arguments, overrides, workdir))
-    config = parts.config
+    prepare = partial(prepared, arguments, overrides, workdir)
+    config, run = command_line.prepared_by_all(prepare)
     if parallel.is_primary():
         # Only now: a run that cannot begin leaves nothing behind.
         configuration.claim_directory(config, workdir)
     parallel.wait_for_all("claimed")
-    command_line.say(
-        f"{parts.feed.description}\n{config.model.name}, {config.defense.name}; run directory "
-        f"{workdir}"
-    )
-    if not (config.reference.source or config.reference.num_epochs):
+    facts = run.facts
+    command_line.say(f"{facts.data}\n{facts.model}, {facts.method}; run directory {workdir}")
+    if facts.has_random_reference:
         command_line.say(
             "The reference net has random weights: reference.source is empty and "
             "reference.num_epochs is 0."
         )
-    report = reports.make_report(parts, runs.run(parts))
-    if parallel.is_primary():
-        path = reports.write(report, workdir)
-        command_line.say(f"\n{reports.table(report)}\nwritten to {path}")
+    report = runs.run_stages(run)
+    command_line.say(f"\n{table(report)}\nwritten to {workdir / file_name(report.limit)}")
 
 
 if __name__ == "__main__":

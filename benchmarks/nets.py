@@ -71,19 +71,19 @@ def load(
         ]
         overrides += [f"--config.data.train_limit={TRAIN_LIMIT.get(name, 0)}"]
         config = configuration.read(str(ROOT / "configs" / f"{CONFIGS[name]}.py"), overrides)
-        parts = build.build(config, workdir / name)
-        model = parts.model
+        run = build.build_run(config, workdir / name)
+        model = run.model
         images, labels = (
-            parts.feed.train_inputs[:NUM_IMAGES],
-            parts.feed.data.train_labels[:NUM_IMAGES],
+            run.feed.train_inputs[:NUM_IMAGES],
+            run.feed.data.train_labels[:NUM_IMAGES],
         )
         if arrays:
             params = from_torch(name, arrays)
         elif name == "nin":
-            params = trained_nin(parts, workdir / name / "params.npz")
+            params = trained_nin(run, workdir / name / "params.npz")
         else:
             configuration.claim_directory(config, workdir / name)
-            params = runs.reference_state(parts).params
+            params = runs.reference_state(run).params
     apply_fn = lambda params, x: training.make_logits_fn(model, params, {})(x)
     return apply_fn, jax.tree.map(jnp.asarray, params), jnp.asarray(images), jnp.asarray(labels)
 
@@ -154,7 +154,7 @@ def export(
     return folder / f"{name}.npz"
 
 
-def trained_nin(parts: build.Experiment, path: pathlib.Path) -> Any:
+def trained_nin(run: build.Run, path: pathlib.Path) -> Any:
     """NIN's parameters after a short training without dropout: SGD with momentum, a bounded
     gradient, batches of 32.
     """
@@ -162,7 +162,7 @@ def trained_nin(parts: build.Experiment, path: pathlib.Path) -> Any:
         with np.load(path) as arrays:
             return flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
     path.parent.mkdir(parents=True, exist_ok=True)
-    model, images, labels = parts.model, parts.feed.train_inputs, parts.feed.data.train_labels
+    model, images, labels = run.model, run.feed.train_inputs, run.feed.data.train_labels
     params = data_dependent_init.centered(
         model, model.init(jax.random.key(0), images[:1])["params"], images[:50]
     )

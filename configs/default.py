@@ -10,6 +10,8 @@ def get_config() -> ConfigDict:
         "max_gradient_norm": 0.0,  # shorten a longer gradient to this l2 norm; 0: never
         # every device takes its share of a batch in so many parts and adds up their gradients
         "accumulation_steps": 1,
+        # measure the running average of the weights, with this decay per step; 0: the weights
+        "average_decay": 0.0,
         "max_steps": 0,  # end the stage after so many steps, to try it; 0: after its epochs
     }
     return ConfigDict(
@@ -17,19 +19,23 @@ def get_config() -> ConfigDict:
             "seed": 0,  # of the weights, the order of the images, flips and dropout
             "tensorboard": False,  # also write the curves for TensorBoard, into WORKDIR/tensorboard
             "model": {
-                "name": "mlp",  # mlp, lenet, convnet, nin, alexnet, alexnet_torchvision, resnet18
+                # mlp, lenet, convnet, nin, preactresnet18, wideresnet28_10, alexnet,
+                # alexnet_torchvision, resnet18
+                "name": "mlp",
                 # bfloat16: weights and activations in the net; perturbations stay float32
                 "compute_dtype": "float32",
             },
             "data": {
-                # digits, mnist, cifar10, imagenet2012, image_folder (a directory of images per
-                # class)
+                # digits, mnist, cifar10, cifar100, svhn_cropped, imagenet2012, image_folder (a
+                # directory of images per class)
                 "name": "digits",
                 "dir": "",  # where TFDS keeps its data sets; "": its own default; or the image folder. Also --data_dir.
                 # none, mean_image, contrast_whiten, caffe, torchvision; paper: as the paper for the
                 # set (and net)
                 "preprocessing": "paper",
                 "flip": False,  # mirror half of the training images
+                # shift training images at random by up to so many pixels each way; 0: not at all
+                "crop_padding": 0,
                 # processes that decode images of imagenet2012 and image_folder; 0: this one does
                 "num_workers": 0,
                 "train_limit": 0,  # only the first so many training images; 0: all
@@ -50,11 +56,15 @@ def get_config() -> ConfigDict:
                 **sgd,
             },
             "defense": {
-                # clean, parseval, adversarial_deepfool (Adv. Train I), adversarial_fgsm (Adv. Train
-                # II), deep_defense, deep_defense_fgsm; each takes those of the fields below that it
-                # knows
+                # Each takes those of the fields below that it knows.
+                # clean, parseval, adversarial_deepfool, adversarial_fgsm (Adv. Train I and II),
+                # deep_defense, deep_defense_fgsm, adversarial_pgd, trades, mma, amm
                 "name": "deep_defense",
                 "norm": "l2",  # l2, linf; of the training's perturbations, the evaluation's are l2
+                # deepfool, ddn, fmn, superdeepfool; others than deepfool need at_boundary
+                "solver": "deepfool",
+                "gradient": "through_iterates",  # of the margin: through_iterates, at_boundary
+                "penalty": "exponential",  # exponential, hinge, linear, reciprocal
                 "penalty_weight": 15.0,  # lambda
                 "correct_scale": 25.0,  # c
                 "wrong_scale": 5.0,  # d
@@ -71,7 +81,19 @@ def get_config() -> ConfigDict:
                 "mixing_weight": 0.5,
                 # of the loss on FGSM's examples (adversarial_fgsm, deep_defense_fgsm), 0..1
                 "fgsm_weight": 0.5,
-                "epsilon": 0.1,  # of FGSM's examples, linf, in the units of the inputs
+                # of the examples of FGSM (linf), PGD and TRADES, in the units of the inputs
+                "epsilon": 0.1,
+                "attack_norm": "linf",  # l2, linf; of the examples of PGD, TRADES and MMA
+                "num_attack_steps": 10,  # of PGD, within adversarial_pgd, trades and mma
+                "relative_step_size": 0.25,  # of these steps, relative to epsilon
+                "kl_weight": 6.0,  # beta of TRADES
+                "max_margin": 0.2,  # d_max of MMA, in the units of the inputs
+                "clean_weight": 1 / 3,  # of the loss on the inputs themselves (mma)
+                "num_bisections": 10,  # of MMA's search for the shortest successful epsilon
+                "absolute_correct_scale": 2.0,  # of AMM's penalty on ||D||, where right
+                "absolute_wrong_scale": 1.0,  # where wrong
+                "aggregation": "min",  # of AMM's penalties: min (the worst of the batch), mean
+                "worst_fraction": 0.2,  # of the batch, which "min" averages over
                 "beta": 1e-4,  # of Parseval's retraction
             },
             "fine_tuning": {

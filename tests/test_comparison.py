@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from dd_jax import evaluation, log
-from dd_jax.experiment import build, comparison, configuration, measuring, runs, sweeps
+from dd_jax.experiment import build, comparison, configuration, figures, runs, sweeps
 from dd_jax.experiment.configuration import ConfigurationError
-from dd_jax.results import reports
+from dd_jax.results.report import read_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -52,9 +52,9 @@ def swept(tmp_path_factory):
             [f"defense.name={','.join(METHODS)}"], [f"--config.{x}" for x in TINY], workdir
         ):
             config = configuration.read(str(ROOT / "configs/digits_mlp.py"), overrides)
-            parts = build.build(config, workdir / name)
+            parts = build.build_run(config, workdir / name)
             configuration.claim_directory(config, workdir / name)
-            runs.run(parts)
+            runs.run_stages(parts)
     return [workdir / name for name in METHODS]
 
 
@@ -63,11 +63,14 @@ def compared(swept, tmp_path_factory):
     """The folder of a comparison, what it printed, and which nets were measured for it."""
     out, measured = tmp_path_factory.mktemp("out"), []
     with pytest.MonkeyPatch.context() as patch:
-        original = measuring.measure
+        original, write = comparison.measure_state, comparison.add_to_report
         patch.setattr(
-            measuring,
-            "measure",
-            lambda *a, **k: measured.append((a[0].workdir.name, k["name"])) or original(*a, **k),
+            comparison,
+            "measure_state",
+            lambda *a, **k: measured.append(k["name"]) or original(*a, **k),
+        )
+        patch.setattr(
+            comparison, "add_to_report", lambda *a: measured.append(a[0].workdir.name) or write(*a)
         )
         printed = comparison.compare(swept, out)
     return out, printed, measured
@@ -75,14 +78,10 @@ def compared(swept, tmp_path_factory):
 
 def test_every_net_is_measured_once_the_shared_reference_too(swept, compared):
     out, _, measured = compared
-    assert measured == [
-        ("deep_defense", "reference"),
-        ("deep_defense", "defended"),
-        ("clean", "defended"),
-    ]
-    full = [reports.read(workdir) for workdir in swept]
-    assert full[0]["measured"]["reference"] == full[1]["measured"]["reference"]
-    assert all(report["names"] == list(evaluation.NAMES) for report in full)
+    assert measured == ["reference", "defended", "deep_defense", "defended", "clean"]
+    full = [read_report(workdir) for workdir in swept]
+    assert full[0].measured["reference"] == full[1].measured["reference"]
+    assert all(report.names == list(evaluation.NAMES) for report in full)
     assert (swept[1] / "plots/success_over_epsilon.png").exists() and (
         swept[1] / "plots/single_run.pdf"
     ).exists()
@@ -95,12 +94,12 @@ def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared)
     lines = table.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["reference", "clean", "deep_defense"]
     found = json.loads((out / "comparison.json").read_text())["figures"]
-    measured = reports.read(swept[0])["measured"]
-    for name, figures in (
+    measured = read_report(swept[0]).measured
+    for name, wanted in (
         ("reference", measured["reference"]),
         ("deep_defense", measured["defended"]),
     ):
-        assert found[name] == figures | {
+        assert found[name] == wanted | {
             k: v for k, v in found[name].items() if k.startswith("accuracy_fgsm")
         }
     assert found["deep_defense"]["accuracy_fgsm_1.0"] <= 0.5  # By its meaning.
@@ -125,12 +124,13 @@ def test_all_of_the_paper_s_figures_are_drawn(compared):
 
 def test_the_examples_fool_the_nets_they_are_drawn_for(swept, compared):
     parts = [build.open_run(workdir) for workdir in swept]
-    nets = comparison.list_nets(parts, [reports.read(workdir) for workdir in swept])
-    image, examples, label = comparison.fooling_examples(nets)
+    nets = comparison.list_nets(parts, [read_report(workdir) for workdir in swept])
+    image, examples, label = figures.fooling_examples(nets)
     assert [example.method for example in examples] == ["reference", "clean", "deep_defense"]
     for net, example in zip(nets, examples, strict=True):
         logits = net.run.model.apply(
-            {"params": build.restore(net.run, net.stage).params}, jnp.asarray(example.image[None])
+            {"params": build.restore_state(net.run, net.stage).params},
+            jnp.asarray(example.image[None]),
         )
         assert str(int(np.argmax(logits))) == example.label != label
         difference = np.linalg.norm(example.image - image) / np.linalg.norm(image)
@@ -139,12 +139,12 @@ def test_the_examples_fool_the_nets_they_are_drawn_for(swept, compared):
 
 def test_curves_over_epochs_are_the_log_s(swept, compared):
     parts = build.open_run(swept[0])
-    net = comparison.Net("deep_defense", "deep_defense", parts, "defended", reports.read(swept[0]))
+    net = figures.Net("deep_defense", "deep_defense", parts, "defended", read_report(swept[0]))
     lines = [
         line for line in log.read_lines(swept[0]) if line["stage"] == "defended" and "test" in line
     ]
-    assert [point[0] for point in comparison.epochs(net)] == [1.0, 2.0]
-    assert [point[1:] for point in comparison.epochs(net)] == [
+    assert [point[0] for point in figures.epochs(net)] == [1.0, 2.0]
+    assert [point[1:] for point in figures.epochs(net)] == [
         (line["test"]["accuracy"], line["test"]["rho_l2"]) for line in lines
     ]
 
@@ -153,19 +153,19 @@ def test_a_reference_counts_once_and_nets_are_told_apart_by_their_weights(
     swept, compared, monkeypatch
 ):
     parts = [build.open_run(workdir) for workdir in swept]
-    both = [reports.read(workdir) for workdir in swept]
+    both = [read_report(workdir) for workdir in swept]
     assert [net.label for net in comparison.list_nets(parts, both)] == [
         "reference",
         "clean",
         "deep_defense",
     ]
-    restore = build.restore
+    restore = comparison.restore_state
 
     def other_weights(run, stage):
         state, changed = restore(run, stage), run.workdir.name == "clean"
         return state._replace(params=jax.tree.map(lambda leaf: leaf + 1e-7 * changed, state.params))
 
-    monkeypatch.setattr(build, "restore", other_weights)
+    monkeypatch.setattr(comparison, "restore_state", other_weights)
     nets = comparison.list_nets(parts, both)
     assert [net.label for net in nets] == [
         "reference",
@@ -176,23 +176,22 @@ def test_a_reference_counts_once_and_nets_are_told_apart_by_their_weights(
 
 
 def test_strengths_are_noted_where_they_differ(swept, compared):
-    parts, report = build.open_run(swept[0]), reports.read(swept[0])
-    config = parts.config.copy_and_resolve_references()
-    config.defense.correct_scale = 33.0
-    net = comparison.Net("deep_defense", "deep_defense", parts, "defended", report)
-    stronger = net._replace(label="other", run=parts._replace(config=config))
-    of = lambda *nets: [value for *_, value in comparison.strengths(nets)["deep_defense"]]
+    parts, report = build.open_run(swept[0]), read_report(swept[0])
+    net = figures.Net("deep_defense", "deep_defense", parts, "defended", report)
+    facts = parts.facts._replace(strength=33.0)
+    stronger = net._replace(label="other", run=parts._replace(facts=facts))
+    of = lambda *nets: [value for *_, value in figures.strengths(nets)["deep_defense"]]
     assert of(net) == [None] and of(net, net) == [None, None] and of(net, stronger) == [10.0, 33.0]
-    without = report | {"measured": {"reference": {"accuracy": 1.0}, "defended": {"accuracy": 1.0}}}
-    assert comparison.strengths([net._replace(report=without)]) == {}
+    without = report._replace(measured={"reference": {}, "defended": {"accuracy": 1.0}})
+    assert figures.strengths([net._replace(report=without)]) == {}
 
 
 def test_half_of_the_images_wrong_without_an_attack_is_said(swept, compared):
-    parts, report = build.open_run(swept[0]), reports.read(swept[0])
-    at = lambda epsilon: report | {"measured": {"defended": {"epsilon_half": epsilon}}}
+    parts, report = build.open_run(swept[0]), read_report(swept[0])
+    at = lambda epsilon: report._replace(measured={"defended": {"epsilon_half": epsilon}})
     said = [
         comparison.fgsm_accuracies(
-            [comparison.Net("deep_defense", "deep_defense", parts, "defended", at(epsilon))],
+            [figures.Net("deep_defense", "deep_defense", parts, "defended", at(epsilon))],
             limit=None,
         )[1]
         for epsilon in (0.0, None)
@@ -203,7 +202,6 @@ def test_half_of_the_images_wrong_without_an_attack_is_said(swept, compared):
 def test_a_subset_is_enough_for_what_it_shows(swept, compared, tmp_path):
     for workdir in swept:
         shutil.copytree(workdir, tmp_path / workdir.name)
-        (tmp_path / workdir.name / "report.json").unlink()
     copies = [tmp_path / workdir.name for workdir in swept]
     printed = comparison.compare(copies, tmp_path / "out", names=("deepfool",), limit=20)
     assert "PASS" not in printed and "epsilon_ref" not in printed and "20 test images of" in printed
@@ -231,14 +229,14 @@ def test_runs_of_other_nets_or_data_are_refused(swept, compared, tmp_path):
 def test_what_cannot_be_done_is_said_before_anything_is_measured(
     swept, compared, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(measuring, "measure", None)
+    monkeypatch.setattr(comparison, "measure_state", None)
     with pytest.raises(
         ConfigurationError, match=r"--out .*file cannot be made .*; it must be a directory"
     ):
         (tmp_path / "file").write_text("")
         comparison.compare(swept, tmp_path / "file", limit=20)
     unfinished = shutil.copytree(swept[1], tmp_path / "unfinished")
-    (unfinished / "metrics.jsonl").write_text("")
+    (unfinished / "report.json").unlink()
     with pytest.raises(ConfigurationError, match="unfinished has no finished reference net"):
         comparison.compare([swept[0], unfinished], tmp_path / "out", limit=20)
     monkeypatch.setattr(comparison, "all_names", lambda run: ("deepfool",))

@@ -118,7 +118,7 @@ def test_overrides_take_the_type_of_the_field():
         "or ",
         "defense.corect_scale=1": "did you mean defense.correct_scale",
         "model=mlp": "did you mean model.name",
-        "xyzzy=1": "There is no field 'xyzzy' in the configuration; there are data.dir, data.flip, ",
+        "xyzzy=1": "There is no field 'xyzzy' in the configuration; there are data.crop_padding, data.dir, ",
         "reference.batch_size=abc": "reference.batch_size is 'abc'; it must be a whole number, "
         "such as 100",
         "seed=1.5": "seed is '1.5'; it must be a whole number",
@@ -168,11 +168,13 @@ def test_a_wrong_override_costs_one_sentence(override, said):
 TAKEN_BY = {
     "beta": ("parseval",),
     "mixing_weight": ("adversarial_deepfool",),
-    "epsilon": ("adversarial_fgsm", "deep_defense_fgsm"),
+    "epsilon": ("adversarial_fgsm", "deep_defense_fgsm", "adversarial_pgd", "trades"),
     "fgsm_weight": ("adversarial_fgsm", "deep_defense_fgsm"),
-    "penalty_weight": ("deep_defense", "deep_defense_fgsm"),
-    "gradient_offset": ("deep_defense", "deep_defense_fgsm"),
-    "num_steps": ("adversarial_deepfool", "deep_defense", "deep_defense_fgsm"),
+    "penalty_weight": ("deep_defense", "deep_defense_fgsm", "amm"),
+    "gradient_offset": ("deep_defense", "deep_defense_fgsm", "amm"),
+    "num_steps": ("adversarial_deepfool", "deep_defense", "deep_defense_fgsm", "amm"),
+    "kl_weight": ("trades",),
+    "attack_norm": ("adversarial_pgd", "trades", "mma"),
     "num_candidates": defenses.NAMES,  # The evaluation keeps to them.
     "class_chunk_size": defenses.NAMES,
 }
@@ -265,7 +267,7 @@ INHERIT = "from configs import default\ndef get_config():\n    config = default.
         + "config.fine_tuning.batch_size = 0\n    return config": "fine_tuning.batch_size is 0; it "
         "must be at least 1",
         "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': "
-        "1})": ("The configuration has no data.name, data.preprocessing, defense.name, "),
+        "1})": ("The configuration has no data.name, data.preprocessing, defense.aggregation, "),
     }.items(),
 )
 def test_a_mistake_in_a_file_costs_one_sentence(tmp_path, text, said):
@@ -331,6 +333,29 @@ def test_another_configurations_run_is_left_alone(tmp_path):
         in message
     )
     assert "--workdir" in message
+
+
+def test_a_run_directory_from_before_fields_were_renamed_and_added_still_opens(tmp_path):
+    config = read("seed=3", "reference.accumulation_steps=4")
+    configuration.claim_directory(config, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for old, new in configuration.RENAMED.items():
+        section, name = new.split(".")
+        fields[section][old.split(".")[1]] = fields[section].pop(name)
+    for added in configuration.ADDED:
+        section, name = added.split(".")
+        del fields[section][name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert configuration.load(tmp_path).to_dict() == config.to_dict()
+    configuration.check_directory(config, tmp_path)
+    default = configuration.flatten(read())
+    assert {name: default[name] for name in configuration.ADDED} == configuration.ADDED
+
+
+@pytest.mark.parametrize("old", configuration.RENAMED)
+def test_an_old_name_is_answered_with_the_new_one(old):
+    new = configuration.RENAMED[old]
+    assert refusal(read, f"{old}=1") == f"{old} is now called {new}; use that name."
 
 
 def test_a_run_that_an_older_version_made_is_left_alone(tmp_path):

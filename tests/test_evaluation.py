@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from dd_jax import evaluation, parallel
 from dd_jax.data import in_memory
 from dd_jax.evaluation import measurements, metrics
-from dd_jax.evaluation.evaluate import Settings, fgsm_accuracy, half_epsilon, measure
+from dd_jax.evaluation.evaluate import Evaluator, Settings, random_key
 from dd_jax.evaluation.pass_score import pass_scores
 from dd_jax.types import AttackResult
 
@@ -27,6 +27,22 @@ LABELS = random.integers(0, 2, NUM_EXAMPLES).astype(np.int32)
 WEIGHTS = (random.normal(size=(NUM_VALUES, 2)) * np.geomspace(0.2, 2, NUM_VALUES)[:, None]).astype(
     np.float32
 )
+
+
+def measure(net, variables, examples, *, names=("deepfool",), limit=None, **options):
+    said = {name: options.pop(name) for name in ("description",) if name in options}
+    evaluator = Evaluator(net, examples, **options)
+    return evaluator.measure(variables, names=names, limit=limit, **said)
+
+
+def fgsm_accuracy(net, variables, examples, epsilons, *, limit=None, **options):
+    return Evaluator(net, examples, **options).fgsm_accuracy(variables, epsilons, limit=limit)
+
+
+def half_epsilon(net, variables, examples, *, max_epsilon=None, **options):
+    return Evaluator(net, examples, **options).half_epsilon(variables, max_epsilon=max_epsilon)
+
+
 VARIABLES = {"weights": WEIGHTS, "bias": np.float32(0.0)}
 SETTINGS = Settings(
     num_steps=5,
@@ -277,15 +293,10 @@ def test_the_attack_and_the_judge_are_two_programs():
 
 
 def test_new_weights_compile_nothing():
-    first = run(in_memory(INPUTS, LABELS), batch_size=20)
+    evaluator = Evaluator(net, in_memory(INPUTS, LABELS), settings=SETTINGS, **quiet)
+    first = evaluator.measure(VARIABLES)
     traced.clear()
-    other = measure(
-        net,
-        VARIABLES | {"bias": np.float32(3)},
-        in_memory(INPUTS, LABELS),
-        settings=SETTINGS,
-        **quiet,
-    )
+    other = evaluator.measure(VARIABLES | {"bias": np.float32(3)})
     assert traced == [] and other["l2"] != first["l2"]
 
 
@@ -322,7 +333,7 @@ def test_random_starts_are_repeated_by_their_seed():
     )["accuracy_pgd"]
     assert accuracy(0) == accuracy(0) > accuracy(None) > 0
     keys = [
-        evaluation.random_key(settings._replace(pgd_seed=seed), batch)
+        random_key(settings._replace(pgd_seed=seed), batch)
         for seed, batch in ((0, 0), (0, 1), (1, 0))
     ]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
@@ -405,9 +416,10 @@ def test_half_epsilon_at_its_ends():
 
 
 def test_half_epsilon_searches_with_few_compilations():
-    half_epsilon(net, VARIABLES, in_memory(INPUTS, RIGHT), **quiet)
+    evaluator = Evaluator(net, in_memory(INPUTS, RIGHT), **quiet)
+    evaluator.half_epsilon(VARIABLES)
     traced.clear()
-    half_epsilon(net, VARIABLES | {"bias": np.float32(2)}, in_memory(INPUTS, RIGHT), **quiet)
+    evaluator.half_epsilon(VARIABLES | {"bias": np.float32(2)})
     assert traced == []
 
 

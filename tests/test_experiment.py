@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from dd_jax import data, defenses, models, pretrained
-from dd_jax.experiment import build, configuration, runs
-from dd_jax.experiment.build import DEFENDED, REFERENCE
+from dd_jax.evaluation import Evaluator
+from dd_jax.experiment import build, configuration, inputs, runs
 from dd_jax.experiment.configuration import ConfigurationError
+from dd_jax.results.report import DEFENDED, REFERENCE, read_report
+from dd_jax.training import loop
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
@@ -50,27 +52,28 @@ def setting():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        patch.setattr(runs, "MOST_STEPS_PER_LINE", LOG_EVERY)
-        patch.setattr(runs, "FEWEST_LINES", 1)
-        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
+        patch.setattr(loop, "MOST_STEPS_PER_LINE", LOG_EVERY)
+        patch.setattr(loop, "FEWEST_LINES", 1)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", NEVER)
         yield
 
 
-def built(workdir, *overrides):
+def configured(*overrides):
     config = configuration.read(
         str(CONFIG), [f"--config.{override}" for override in (*TINY, *overrides)]
     )
-    config.defense.num_steps, config.defense.correct_scale = (
-        2,
-        10.0,
-    )  # TINY_DEFENSE, whether the defense takes it or not.
-    return build.build(config, workdir)
+    # TINY_DEFENSE, whether the defense takes it or not.
+    config.defense.num_steps, config.defense.correct_scale = 2, 10.0
+    return config
+
+
+def built(workdir, *overrides):
+    return build.build_run(configured(*overrides), workdir)
 
 
 def run(workdir, *overrides):
-    parts = built(workdir, *overrides)
-    configuration.claim_directory(parts.config, workdir)
-    return runs.run(parts)
+    configuration.claim_directory(configured(*overrides), workdir)
+    return runs.run_stages(built(workdir, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def lines(workdir):
 
 def states(workdir, *overrides):
     parts = built(workdir, *overrides)
-    return {stage: build.restore(parts, stage) for stage in (REFERENCE, DEFENDED)}
+    return {stage: build.restore_state(parts, stage) for stage in (REFERENCE, DEFENDED)}
 
 
 def assert_bitwise(actual, wanted):
@@ -97,9 +100,10 @@ def assert_bitwise(actual, wanted):
 
 
 def assert_same_run(workdir, wanted):
-    """Parameters, the optimizer's state and the step, and every line of metrics.jsonl."""
+    """Parameters, the optimizer's state and the step, every line of metrics.jsonl, the report."""
     assert_bitwise(states(workdir), states(wanted))
     assert lines(workdir) == lines(wanted)
+    assert read_report(workdir) == read_report(wanted)
 
 
 # An undisturbed run
@@ -122,8 +126,8 @@ def test_a_run_logs_its_steps_epochs_and_measurements(finished):
         epochs = [line for line in logged if line["stage"] == stage and "test" in line]
         assert [line["step"] for line in epochs] == list(range(4, num_steps + 1, STEPS_PER_EPOCH))
         assert all(line["test"]["num_examples"] == 25 for line in epochs)
-        (final,) = (line for line in logged if line["stage"] == stage and "measured" in line)
-        assert final["step"] == num_steps and final["measured"]["num_examples"] == 45
+        assert not [line for line in logged if "measured" in line], "report.json alone has these."
+        assert read_report(finished).measured[stage]["num_examples"] == 45
     first, last = (
         line["loss"]
         for line in logged
@@ -133,7 +137,7 @@ def test_a_run_logs_its_steps_epochs_and_measurements(finished):
 
 
 def test_a_run_makes_the_net_harder_to_fool(finished):
-    before, after = (line["measured"] for line in lines(finished) if "measured" in line)
+    before, after = (read_report(finished).measured[stage] for stage in (REFERENCE, DEFENDED))
     assert before["accuracy"] > 0.9 and after["accuracy"] > 0.9
     assert after["rho_l2"] > 1.2 * before["rho_l2"] > 0 and after["l2"] > 1.2 * before["l2"]
     assert 0.9 < after["deepfool_success"] <= 1
@@ -155,13 +159,9 @@ def test_a_run_is_a_function_of_its_configuration(finished, tmp_path):
 def test_what_is_measured_is_the_saved_net(finished):
     parts = built(finished)
     for stage in (REFERENCE, DEFENDED):
-        inputs = jax.numpy.asarray(parts.feed.test_inputs)
-        logits = parts.model.apply({"params": build.restore(parts, stage).params}, inputs)
-        (measured,) = (
-            line["measured"]
-            for line in lines(finished)
-            if "measured" in line and line["stage"] == stage
-        )
+        x = jax.numpy.asarray(parts.feed.test_inputs)
+        logits = parts.model.apply({"params": build.restore_state(parts, stage).params}, x)
+        measured = read_report(finished).measured[stage]
         assert measured["accuracy"] == np.mean(
             np.argmax(logits, axis=-1) == parts.feed.data.test_labels
         )
@@ -204,19 +204,21 @@ def stop_at(patch, module, name, call):
         pytest.param(
             NEVER, data, "training_batch", 8, 20, id="in the reference's training, no checkpoint"
         ),
-        pytest.param(0, runs, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"),
-        pytest.param(NEVER, runs, "measure", 4, 8, id="while the reference is measured"),
+        pytest.param(
+            0, Evaluator, "measure", 1, 18, id="while an epoch is measured, checkpoint at 2"
+        ),
+        pytest.param(NEVER, Evaluator, "measure", 4, 8, id="while the reference is measured"),
         pytest.param(NEVER, data, "training_batch", 13, 8, id="between the stages"),
         pytest.param(0, data, "training_batch", 18, 4, id="in the fine-tuning, checkpoint at 4"),
         pytest.param(NEVER, data, "training_batch", 18, 8, id="in the fine-tuning, no checkpoint"),
-        pytest.param(NEVER, runs, "measure", 7, 0, id="while the defended net is measured"),
+        pytest.param(NEVER, Evaluator, "measure", 7, 0, id="while the defended net is measured"),
     ],
 )
 def test_a_stopped_run_ends_where_an_undisturbed_one_ends(
     finished, tmp_path, steps_taken, monkeypatch, seconds, module, name, call, steps_again
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", seconds - 1)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", seconds - 1)
         stop_at(patch, module, name, call)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -228,7 +230,7 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_ends(
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", -1)
         stop_at(patch, data, "training_batch", 18)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -247,9 +249,11 @@ SLOW_TRAINING = """
 import sys, time
 sys.path[:0] = [{root!r}]
 import train
-from dd_jax import command_line, data, runs
-runs.MOST_STEPS_PER_LINE, runs.FEWEST_LINES = {log_every}, 1
-runs.SECONDS_BETWEEN_CHECKPOINTS = -1
+from dd_jax import data
+from dd_jax.experiment import command_line
+from dd_jax.training import loop
+loop.MOST_STEPS_PER_LINE, loop.FEWEST_LINES = {log_every}, 1
+loop.SECONDS_BETWEEN_CHECKPOINTS = -1
 training_batch = data.training_batch
 data.training_batch = lambda *args, **options: time.sleep(0.1) or training_batch(*args, **options)
 command_line.run(train.main)
@@ -280,7 +284,8 @@ def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(finished, tmp_
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run/report.json").exists()
+    assert process.returncode == -signal.SIGKILL
+    assert DEFENDED not in read_report(tmp_path / "run").measured
     assert 4 <= lines(tmp_path / "run")[-1]["step"] < DEFENDED_STEPS
     run(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
@@ -290,7 +295,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     finished, tmp_path, steps_taken, monkeypatch, capfd
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", -1)
         run(tmp_path)
     files = [path for path in (tmp_path / "checkpoints/defended/8").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -303,17 +308,15 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 
 def test_slow_steps_are_saved_between_lines_and_those_that_diverge_are_not(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(runs.Checkpoints, "save", lambda self, step, state: saved.append(step))
-    monkeypatch.setattr(runs, "MOST_STEPS_PER_LINE", 4)
-    monkeypatch.setattr(runs, "MOST_SECONDS_BETWEEN_CHECKPOINTS", -1)
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state: saved.append(step))
+    monkeypatch.setattr(loop, "MOST_STEPS_PER_LINE", 4)
+    monkeypatch.setattr(loop, "MOST_SECONDS_BETWEEN_CHECKPOINTS", -1)
     nothing_more = ("fine_tuning.num_epochs=0", "evaluation.epoch_examples=0")
     runs.reference_state(built(tmp_path, *nothing_more))
     # Lines, at 4 and 8, have a constant of their own; 12 is the end.
     assert saved == [1, 2, 3, 5, 6, 7, 9, 10, 11, 12]
     saved.clear()
-    with pytest.raises(
-        runs.training.DivergenceError, match="The loss is not finite at step [23]: lower"
-    ):
+    with pytest.raises(loop.DivergenceError, match="The loss is not finite at step [23]: lower"):
         runs.reference_state(built(tmp_path, *nothing_more, "reference.learning_rate=1e30"))
     assert saved in ([1], [1, 2])
 
@@ -322,14 +325,15 @@ def test_what_cannot_be_decoded_is_written_down_once(tmp_path):
     def batch_of_step(step):
         raise NotImplementedError
 
-    undecodable = runs.Undecodable(built(tmp_path), REFERENCE)
-    undecodable.note(1, batch_of_step)  # Data in memory: nothing fails.
+    plan = built(tmp_path).stages[REFERENCE]
+    journal = loop.Journal(plan, tmp_path, None, lambda line: None, batch_of_step)
+    journal.note_undecodable(1)  # Data in memory: nothing fails.
     batch_of_step.failures = {}
-    undecodable.note(2, batch_of_step)
+    journal.note_undecodable(2)
     assert not list(tmp_path.iterdir())
     for step in (3, 4, 5):
         batch_of_step.failures |= {"a.png": "cut short"} if step == 3 else {"b/c.jpg": "no JPEG"}
-        undecodable.note(step, batch_of_step)
+        journal.note_undecodable(step)
     assert [
         json.loads(line) for line in (tmp_path / "undecodable.jsonl").read_text().splitlines()
     ] == [
@@ -360,11 +364,8 @@ def test_every_defense_starts_from_the_same_reference(finished, tmp_path, steps_
         ).max()
         > 1e-4
     )
-    measured = [
-        [line["measured"] for line in lines(path) if "measured" in line]
-        for path in (finished, tmp_path / "given")
-    ]
-    assert measured[0][0] == measured[1][0] and measured[0][1] != measured[1][1]
+    first, second = (read_report(path).measured for path in (finished, tmp_path / "given"))
+    assert first[REFERENCE] == second[REFERENCE] and first[DEFENDED] != second[DEFENDED]
     assert not [
         line for line in lines(tmp_path / "given") if line["stage"] == REFERENCE and "loss" in line
     ]
@@ -383,15 +384,15 @@ def test_a_reference_given_as_pytorch_named_arrays_is_taken_as_it_is(tmp_path, s
     np.savez(tmp_path / "mlp.npz", **torch_arrays())
     overrides = (f"reference.source={tmp_path / 'mlp.npz'}", "fine_tuning.num_epochs=0")
     result = run(tmp_path / "run", *overrides)
-    assert not steps_taken and result[REFERENCE] == result[DEFENDED]
+    assert not steps_taken and result.measured[REFERENCE] == result.measured[DEFENDED]
     wanted = jax.tree.map(np.float32, pretrained.from_torch("mlp", torch_arrays()))
     for state in states(tmp_path / "run", *overrides).values():
         assert_bitwise(state.params, wanted)
 
 
-def refusal(function, *arguments):
+def refusal_of_source(workdir, source):
     with pytest.raises(ConfigurationError) as caught:
-        function(*arguments)
+        built(workdir, f"reference.source={source}").load_reference()
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
     return str(caught.value)
 
@@ -434,20 +435,17 @@ def five_classes(arrays):
 def test_a_source_that_holds_no_reference_is_refused(tmp_path, make, said):
     path = tmp_path / "source.npz"
     make(path)
-    message = refusal(build.given_reference, built(tmp_path / "run", f"reference.source={path}"))
+    message = refusal_of_source(tmp_path / "run", path)
     assert said in message and str(path) in message and not (tmp_path / "run").exists()
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "net.txt").write_bytes(b"PK")
-    message = refusal(
-        build.given_reference, built(tmp_path / "run", f"reference.source={tmp_path / 'net.txt'}")
-    )
+    message = refusal_of_source(tmp_path / "run", tmp_path / "net.txt")
     assert "net.txt'; it must be a run directory or a file of weights (.pth, " in message
 
 
 def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refused(tmp_path):
-    parts = built(tmp_path / "mine", f"reference.source={tmp_path / 'theirs'}")
     for override, said in (
         (
             "model.name=lenet",
@@ -463,13 +461,13 @@ def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refu
         ),
         (
             "data.preprocessing=none",
-            "has no finished reference net; let train.py go on to its end.",
+            "has no finished reference net; rerun train.py on it to its end.",
         ),
     ):
         (tmp_path / "theirs/config.json").unlink(missing_ok=True)
         theirs = configuration.read(str(CONFIG), [f"--config.{override}"])
         configuration.claim_directory(theirs, tmp_path / "theirs")
-        message = refusal(build.given_reference, parts)
+        message = refusal_of_source(tmp_path / "mine", tmp_path / "theirs")
         assert str(tmp_path / "theirs") in message and said in message
 
 
@@ -482,7 +480,7 @@ def test_missing_data_is_noticed_at_once_and_nothing_is_made(tmp_path):
     )
     start = time.monotonic()
     with pytest.raises(data.DataError, match="mnist is not in .*no data"):
-        build.build(config, tmp_path / "run")
+        build.build_run(config, tmp_path / "run")
     assert time.monotonic() - start < 2 and not any(tmp_path.iterdir())
 
 
@@ -499,8 +497,8 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, section):
 
 def test_a_reference_may_begin_with_weights_centered_on_images(tmp_path):
     parts = built(tmp_path / "run", "reference.center_on=30")
-    stage = build.make_stage(parts, REFERENCE)
-    drawn, state = build.untrained(parts, stage), build.first_state(parts, stage)
+    drawn, state = built(tmp_path / "run").stages, parts.stages
+    drawn, state = (stages[REFERENCE].make_state() for stages in (drawn, state))
     logits = parts.model.apply(
         {"params": state.params}, jax.numpy.asarray(parts.feed.train_inputs[:30])
     )
@@ -512,26 +510,19 @@ def test_stages_have_their_own_lengths_losses_and_schedules(tmp_path):
     parts = built(
         tmp_path, "fine_tuning.max_steps=5", "reference.max_steps=1000", "reference.batch_size=60"
     )
-    reference, defended = (build.make_stage(parts, name) for name in (REFERENCE, DEFENDED))
+    reference, defended = (parts.stages[name] for name in (REFERENCE, DEFENDED))
     assert (reference.num_steps, reference.steps_per_epoch) == (9, 3)
     assert (defended.num_steps, defended.steps_per_epoch) == (5, 4)
-    assert (
-        reference.defense.loss_fn.func.__name__ == "plain_loss"
-        and not reference.defense.loss_fn.keywords
-    )
-    assert defended.defense.loss_fn.func.__name__ == "deep_defense_loss"
-    section, keywords = dict(parts.config.defense), defended.defense.loss_fn.keywords
+    options = {stage.name: stage.make_step.args[2] for stage in (reference, defended)}
+    of_reference = options[REFERENCE].loss_fn
+    assert of_reference.func is defenses.plain_loss and not of_reference.keywords
+    assert options[DEFENDED].loss_fn.func is defenses.DEFENSES["deep_defense"].loss
+    section, keywords = dict(configured().defense), options[DEFENDED].loss_fn.keywords
     assert keywords == {name: section[name] for name in keywords} | {
         "num_candidates": None,
         "class_chunk_size": None,
     }
-    assert keywords.keys() == section.keys() - {
-        "name",
-        "mixing_weight",
-        "fgsm_weight",
-        "epsilon",
-        "beta",
-    }
+    assert keywords.keys() == defenses.option_names("deep_defense")
 
 
 @pytest.mark.parametrize("name", defenses.NAMES)
@@ -545,12 +536,13 @@ def test_every_defense_takes_its_options_from_the_configuration(name, tmp_path):
         "class_chunk_size": 4,
         "num_steps": 2,
     }
-    parts = built(tmp_path, f"defense.name={name}")
-    parts.config.defense.update(wanted)
-    defense = build.make_stage(parts, DEFENDED).defense
+    config = configured(f"defense.name={name}")
+    config.defense.update(wanted)
+    parts = build.build_run(config, tmp_path)
+    defense = parts.stages[DEFENDED].make_step.args[2]
     keywords = getattr(defense.loss_fn, "keywords", {}) | getattr(defense.retract, "keywords", {})
     known = defenses.option_names(name)
-    measured = build.evaluation_settings(parts.config)
+    measured = parts.evaluator.settings
     assert (measured.num_candidates, measured.class_chunk_size) == (3, 4)
     assert {k: v for k, v in keywords.items() if k in wanted} == {
         k: v for k, v in wanted.items() if k in known
@@ -577,10 +569,9 @@ def test_the_input_space_is_the_one_that_the_run_was_made_with(tmp_path):
 )
 def test_paper_stands_for_what_the_paper_did(name, preprocessing):
     config = configuration.read(str(CONFIG), [f"--config.data.name={name}"])
-    assert build.preprocessing_name(config) == preprocessing
+    assert inputs.preprocessing_name(config) == preprocessing
     config.data.preprocessing = "none"
-    assert build.preprocessing_name(config) == "none"
-    assert set(build.PAPER_PREPROCESSING) == set(data.SOURCES)
+    assert inputs.preprocessing_name(config) == "none"
 
 
 @pytest.mark.parametrize("name", models.NAMES)

@@ -1,25 +1,20 @@
-"""Measures a net on a data set; see `dd_jax.evaluation.evaluate`."""
+"""Measures a net on a data set: an `Evaluator`, and the measurements that it knows.
 
-from dd_jax.evaluation.evaluate import (
-    NAMES,
-    ApplyFn,
-    fgsm_accuracy,
-    half_epsilon,
-    in_two_programs,
-    measure,
-)
+evaluator = evaluation.Evaluator(apply_fn, data.in_memory(images, labels))
+evaluator.measure(variables, names=("deepfool", "fgsm", "pgd"))
+"""
+
+from dd_jax.evaluation.evaluate import NAMES, ApplyFn, Evaluator, in_two_programs
 from dd_jax.evaluation.measurements import MEASUREMENTS, Settings
 from dd_jax.evaluation.metrics import Summary, remarks
 
 __all__ = [
     "MEASUREMENTS",
-    "ApplyFn",
     "NAMES",
+    "ApplyFn",
+    "Evaluator",
     "Settings",
     "Summary",
-    "fgsm_accuracy",
-    "half_epsilon",
     "in_two_programs",
-    "measure",
     "remarks",
 ]

@@ -1,22 +1,23 @@
 """Measures a net on a whole data set: batches of one shape, results on the host, sums until the
 end.
 
-    measure          any subset of the measurements of `dd_jax.evaluation.metrics`, and PASS
-    fgsm_accuracy     accuracy under FGSM at given epsilons
-    half_epsilon     the epsilon at which half of the images are misclassified under FGSM
+    evaluator = Evaluator(apply_fn, examples, settings=Settings(num_steps=50))
+    evaluator.measure(variables, names=("deepfool", "pgd"))     # accuracy, rho_2, l_2, ...
+    evaluator.fgsm_accuracy(variables, [0.1, 0.2])              # accuracy under FGSM
+    evaluator.half_epsilon(variables)                           # where half have fallen
 
-What runs on the device is compiled once per net and settings. The weights are arguments of it, so
-that asking again after every epoch compiles nothing. Memory is that of one batch.
+An evaluator compiles each measurement once. The weights are arguments of what it compiled, so that
+measuring again after every epoch compiles nothing. Memory is that of one batch.
 
 Every measurement is two programs: `attack(shared, batch)` finds perturbations, `judge(shared,
-batch, found)` asks the net again about each of them and gives `(sums, rows)`. One function,
-`compile_fn`, compiles the two, apart from one another, into what is
-run: `in_two_programs`, or what gives every device a share of the batch, adds up the sums and puts
-the rows back together. `shared` holds the weights and all else that is the same for every example.
+batch, found)` asks the net again about each of them and gives `(sums, rows)`. `compile_fn` compiles
+the two apart from one another into what is run: `in_two_programs`, or a function that gives every
+device a share of the batch, adds up the sums and puts the rows back together. `shared` holds the
+weights and all else that is the same for every example.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,9 +43,7 @@ from dd_jax.log import progress
 Bounds = Sequence[Array | np.ndarray | float]
 ToImages = Callable[[np.ndarray], np.ndarray]
 ApplyFn = Callable[[Any, Array], Array]
-"""(variables, inputs) -> logits. Hashable and always the same object, or it is compiled again: no
-fresh lambdas.
-"""
+"""(variables, inputs) -> logits, row by row."""
 Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
 Shared, Batch = Mapping[str, Any], Mapping[str, Array]
 BatchFn = Callable[[Shared, Batch], tuple[Any, Rows | None]]
@@ -55,205 +54,252 @@ AttackFn = Callable[[Shared, Batch], Any]
 JudgeFn = Callable[[Shared, Batch, Any], tuple[Any, Rows | None]]
 CompileFn = Callable[[AttackFn, JudgeFn], BatchFn]
 
-
-def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
-    """Both compiled, each by itself: what the judge says does not depend on how the attack was
-    compiled.
-    """
-    compiled_attack, compiled_judge = jax.jit(attack), jax.jit(judge)
-    return lambda shared, batch: compiled_judge(shared, batch, compiled_attack(shared, batch))
-
-
 NAMES = (*metrics.MEASUREMENTS, "pass")
-
-
-BATCH_SIZE = 500
+SLOW = "carlini_wagner"  # Measured on fewer examples.
 # Of the first search for `half_epsilon`; later ones have as many points.
 GRID_SIZE, GRID_SPAN = 16, 1000.0
 PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
 
 
-def measure(
-    apply_fn: ApplyFn,
-    variables: Any,
-    examples: Examples,
-    *,
-    settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
-    names: Sequence[str] = ("deepfool",),
-    limit: int | None = None,
-    carlini_wagner_examples: int | None = 500,
-    batch_size: int = BATCH_SIZE,
-    bounds: Bounds | None = None,
-    box: Bounds | None = None,
-    to_images: ToImages | None = None,
-    description: str = "measuring",
-    show_progress: bool = True,
-    compile_fn: CompileFn = in_two_programs,
-) -> Summary:
-    """Accuracy, and what the named measurements give.
+def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
+    """Compiles both, each by itself: the judge does not depend on how the attack was compiled."""
+    compiled_attack, compiled_judge = jax.jit(attack), jax.jit(judge)
+    return lambda shared, batch: compiled_judge(shared, batch, compiled_attack(shared, batch))
+
+
+class Evaluator:
+    """Measures nets of one architecture on one data set, under fixed settings.
 
     Args:
-      apply_fn, variables: the net, `apply_fn(variables, inputs) -> logits`, row by row; variables
-        may be any pytree.
-      examples: what to measure on; `in_memory(inputs, labels)`.
+      apply_fn: `apply_fn(variables, inputs) -> logits`, row by row; variables may be any pytree.
+      examples: what to measure on; `data.in_memory(inputs, labels)`.
       settings: options of the attacks.
-      names: of NAMES. Whichever are asked for, each gives the same.
-      limit: measure the first `limit` examples only.
-      carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
       batch_size: how many are attacked at once; no figure depends on it, but for PGD's from random
         starts.
+      carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
       bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGSM and
-        PGD. None: they go where they like.
+        PGD. None: they are not clipped.
       box: the same for C&W, which needs one. None: the bounds, or else the least and the greatest
         value among all inputs.
       to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
-      description: in front of the progress bars.
-      show_progress: whether there are any.
-      compile_fn: see the module's docstring; always the same object, like `apply_fn`.
+      show_progress: whether there are progress bars.
+      compile_fn: see the module's docstring.
 
-    Returns:
-      By name: "num_examples", then the figures of `metrics.summarize`; "fgsm": also "fgsm_curve",
-      {"epsilons": [...], "success": [...]}; "carlini_wagner": also "carlini_wagner_examples";
-      "pass": DeepFool's figures, "pass", which is PASS of its examples, and "pass_unaligned", the
-      share of those that could not be aligned. It can be written as JSON.
-
-    Raises:
-      ValueError: no examples, an unknown name, PASS without `to_images`, or options that make no
-        sense.
+    Raises ValueError for a number of C&W's examples below 1.
     """
-    metrics.check_names(names, NAMES)
-    if "pass" in names and to_images is None:
-        raise ValueError(
-            "PASS compares images, and whitened inputs are none: give to_images, or leave 'pass' "
-            "out."
-        )
-    if carlini_wagner_examples is not None and carlini_wagner_examples < 1:
-        raise ValueError(
-            f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or None "
-            f"for all."
-        )
-    examples = limited(examples, limit)
 
-    def summary(
-        names: Sequence[str], examples: Examples, description: str, bounds: Bounds | None
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        examples: Examples,
+        *,
+        settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
+        batch_size: int = 500,
+        carlini_wagner_examples: int | None = 500,
+        bounds: Bounds | None = None,
+        box: Bounds | None = None,
+        to_images: ToImages | None = None,
+        show_progress: bool = True,
+        compile_fn: CompileFn = in_two_programs,
+    ) -> None:
+        if carlini_wagner_examples is not None and carlini_wagner_examples < 1:
+            raise ValueError(
+                f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or "
+                "None for all."
+            )
+        self.settings, self.show_progress = settings, show_progress
+        self._apply_fn, self._examples, self._batch_size = apply_fn, examples, batch_size
+        self._carlini_wagner_examples, self._to_images = carlini_wagner_examples, to_images
+        self._bounds, self._box = bounds, box if box is not None else bounds
+        self._compile_fn = compile_fn
+        self._compiled: dict[tuple[str, ...], BatchFn] = {}
+
+    def measure(
+        self,
+        variables: Any,
+        *,
+        names: Sequence[str] = ("deepfool",),
+        limit: int | None = None,
+        description: str = "measuring",
+        show_progress: bool | None = None,
     ) -> Summary:
-        batch_fn = compiled_sums(apply_fn, tuple(names), settings, compile_fn)
+        """Accuracy, and what the named measurements give.
+
+        Args:
+          variables: the net's.
+          names: of NAMES. Whichever are asked for, each gives the same.
+          limit: measure the first `limit` examples only.
+          description: in front of the progress bars.
+          show_progress: None: as the evaluator was told.
+
+        Returns:
+          By name: "num_examples", then the figures of `metrics.summarize`; "fgsm": also
+          "fgsm_curve", {"epsilons": [...], "success": [...]}; "carlini_wagner": also
+          "carlini_wagner_examples"; "pass": DeepFool's figures, "pass", which is PASS of its
+          examples, and "pass_unaligned", the share of those that could not be aligned. It can be
+          written as JSON.
+
+        Raises:
+          ValueError: no examples, an unknown name, PASS without `to_images`, or options that make
+            no sense.
+        """
+        metrics.check_names(names, NAMES)
+        if "pass" in names and self._to_images is None:
+            raise ValueError(
+                "PASS compares images, and whitened inputs are none: give to_images, or leave "
+                "'pass' out."
+            )
+        examples = limited(self._examples, limit)
+        show = dict(show_progress=show_progress)
+        fast = tuple(name for name in names if name != SLOW)
+        found = self._summary(variables, fast, examples, description, self._bounds, **show)
+        if SLOW in names:
+            box = examples.limits if self._box is None else self._box
+            few = limited(examples, self._carlini_wagner_examples)
+            slow = self._summary(variables, (SLOW,), few, f"{description} (C&W)", box, **show)
+            found[f"{SLOW}_examples"] = slow.pop("num_examples")
+            found |= {name: value for name, value in slow.items() if name not in found}
+        if "fgsm" in names:
+            epsilons = curve_epsilons(self.settings)
+            found["fgsm_curve"] = {"epsilons": epsilons, "success": found["fgsm_curve"]}
+        return found
+
+    def fgsm_accuracy(
+        self,
+        variables: Any,
+        epsilons: Sequence[float],
+        *,
+        limit: int | None = None,
+        description: str = "accuracy under FGSM",
+        show_progress: bool | None = None,
+    ) -> list[float]:
+        """The accuracy under FGSM (linf) at each epsilon; what is misclassified anyway counts as
+        such.
+
+        epsilons: in the units of the inputs, 0 or more, in any order; compiled once for every
+        number of them. The rest, and what raises: as in `measure`.
+        """
+        examples = limited(self._examples, limit)
+        if len(epsilons) == 0 or not min(epsilons) >= 0:
+            raise ValueError(
+                f"epsilons must be one number or more, each 0 or more; got {list(epsilons)}."
+            )
+        if ("curve",) not in self._compiled:
+            self._compiled[("curve",)] = self._compile_fn(*curve_programs(self._apply_fn))
+        box = broadcast(self._bounds, examples.shape)
+        grid = np.asarray(epsilons, np.float32)
+        shared = {"variables": variables, "bounds": box, "epsilons": grid}
+        num_right, num_examples = np.zeros(len(epsilons), np.int64), 0
+        for batch in self._batches(examples, description, show_progress):
+            right, seen = self._compiled[("curve",)](shared, batch)[0]
+            num_right, num_examples = num_right + np.asarray(right), num_examples + int(seen)
+        return (num_right / max(num_examples, 1)).tolist()
+
+    def half_epsilon(
+        self,
+        variables: Any,
+        *,
+        max_epsilon: float | None = None,
+        description: str = "epsilon of 50 %",
+        **options: Any,
+    ) -> float | None:
+        """The smallest epsilon at which FGSM (linf) has at least half of the images misclassified.
+
+        A geometric grid from max_epsilon / 1000 to max_epsilon is searched for the first epsilon at
+        which it is so, then the interval below that by evenly spaced grids, over again. FGSM that
+        fools may fail at a larger epsilon; where the share rises above a half and falls below again
+        between two points, that is missed. What is misclassified anyway counts.
+
+        Args:
+          variables: the net's.
+          max_epsilon: in the units of the inputs, more than 0. None: the settings'.
+          description, options: of `fgsm_accuracy`.
+
+        Returns:
+          epsilon, at most 0.1 % too large (below max_epsilon / 10^6: at most by that). 0.0 where
+          half of the images are misclassified as they are; None where max_epsilon does not suffice.
+        """
+        most = self.settings.fgsm_max_epsilon if max_epsilon is None else max_epsilon
+        if not most > 0:
+            raise ValueError(f"max_epsilon is {most}; it must be more than 0.")
+        accuracies = partial(self.fgsm_accuracy, variables, description=description, **options)
+        return first_half(accuracies, most)
+
+    def deepfool_examples(self, variables: Any, limit: int) -> dict[str, np.ndarray]:
+        """DeepFool's perturbations of the first `limit` examples, and what the net says of them.
+
+        Returns arrays with one row per example: "image", "label", "perturbation", and "before" and
+        "after", the classes predicted by a plain forward pass without and with the perturbation.
+        """
+        if ("examples",) not in self._compiled:
+            programs = example_programs(self._apply_fn, self.settings)
+            self._compiled[("examples",)] = self._compile_fn(*programs)
+        found = []
+        for batch in self._batches(limited(self._examples, limit), "examples", False):
+            rows = jax.device_get(self._compiled[("examples",)]({"variables": variables}, batch)[1])
+            found.append({name: values[rows["mask"] > 0] for name, values in rows.items()})
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def _summary(
+        self,
+        variables: Any,
+        names: tuple[str, ...],
+        examples: Examples,
+        description: str,
+        bounds: Bounds | None,
+        *,
+        show_progress: bool | None,
+    ) -> Summary:
+        if names not in self._compiled:
+            programs = measurement_programs(self._apply_fn, names, self.settings)
+            self._compiled[names] = self._compile_fn(*programs)
         shared = {"variables": variables, "bounds": broadcast(bounds, examples.shape)}
         total = None
-        for i, batch in enumerate(batches(examples, batch_size, description, show_progress)):
-            sums, rows = jax.device_get(batch_fn(shared | {"key": random_key(settings, i)}, batch))
+        for i, batch in enumerate(self._batches(examples, description, show_progress)):
+            key = random_key(self.settings, i)
+            sums, rows = jax.device_get(self._compiled[names](shared | {"key": key}, batch))
             sums = jax.tree.map(np.float64, sums)
             if rows is not None:
-                sums = sums._replace(figures=sums.figures | sums_of_pass(rows, to_images))
+                figures = sums.figures | sums_of_pass(rows, self._to_images)
+                sums = sums._replace(figures=figures)
             total = sums if total is None else metrics.add(total, sums)
         return metrics.summarize(total)
 
-    slow = "carlini_wagner"
-    found = summary([name for name in names if name != slow], examples, description, bounds)
-    if slow in names:
-        given = box if box is not None else bounds
-        few = limited(examples, carlini_wagner_examples)
-        by_slow = summary(
-            [slow], few, f"{description} (C&W)", examples.limits if given is None else given
-        )
-        found[f"{slow}_examples"] = by_slow.pop("num_examples")
-        found |= {name: value for name, value in by_slow.items() if name not in found}
-    if "fgsm" in names:
-        found["fgsm_curve"] = {"epsilons": curve_epsilons(settings), "success": found["fgsm_curve"]}
-    return found
+    def _batches(
+        self, examples: Examples, description: str, show_progress: bool | None
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        show = self.show_progress if show_progress is None else show_progress
+        return batches(examples, self._batch_size, description, show)
 
 
-def fgsm_accuracy(
-    apply_fn: ApplyFn,
-    variables: Any,
-    examples: Examples,
-    epsilons: Sequence[float],
-    *,
-    limit: int | None = None,
-    batch_size: int = BATCH_SIZE,
-    bounds: Bounds | None = None,
-    description: str = "accuracy under FGSM",
-    show_progress: bool = True,
-    compile_fn: CompileFn = in_two_programs,
-) -> list[float]:
-    """The accuracy under FGSM (linf) at each epsilon; what is misclassified anyway counts as such.
-
-    epsilons: in the units of the inputs, 0 or more, in any order; compiled once for every number of
-      them. The rest, and
-    what raises: as in `measure`.
-    """
-    examples = limited(examples, limit)
-    if len(epsilons) == 0 or not min(epsilons) >= 0:
-        raise ValueError(
-            f"epsilons must be one number or more, each 0 or more; got {list(epsilons)}."
-        )
-    batch_fn = compiled_curve(apply_fn, compile_fn)
-    box = broadcast(bounds, examples.shape)
-    shared = {"variables": variables, "bounds": box, "epsilons": np.asarray(epsilons, np.float32)}
-    num_right, num_examples = np.zeros(len(epsilons), np.int64), 0
-    for batch in batches(examples, batch_size, description, show_progress):
-        right, seen = batch_fn(shared, batch)[0]
-        num_right, num_examples = num_right + np.asarray(right), num_examples + int(seen)
-    return (num_right / max(num_examples, 1)).tolist()
-
-
-def half_epsilon(
-    apply_fn: ApplyFn,
-    variables: Any,
-    examples: Examples,
-    *,
-    max_epsilon: float = 1.0,
-    description: str = "epsilon of 50 %",
-    **options: Any,
+def first_half(
+    accuracies: Callable[[Sequence[float]], list[float]], largest: float
 ) -> float | None:
-    """The smallest epsilon at which FGSM (linf) has at least half of the images misclassified.
-
-    A geometric grid from max_epsilon / 1000 to max_epsilon is searched for the first epsilon at
-    which it is so, then the interval below that by evenly spaced grids, over again. FGSM that fools
-    may fail at a larger epsilon; where the share rises above a half and falls below again between
-    two points, that is missed. What is misclassified anyway counts.
-
-    Args:
-      apply_fn, variables, examples: as in `measure`.
-      max_epsilon: in the units of the inputs, more than 0.
-      description, options: of `fgsm_accuracy`.
-
-    Returns:
-      epsilon, at most 0.1 % too large (below max_epsilon / 10^6: at most by that). 0.0 where half
-      of the images are misclassified as they are; None where max_epsilon does not suffice.
-    """
-    if not max_epsilon > 0:
-        raise ValueError(f"max_epsilon is {max_epsilon}; it must be more than 0.")
+    """The first epsilon at which the accuracy is at most a half, see `Evaluator.half_epsilon`."""
 
     def first_fall(grid: Sequence[float]) -> int:
-        """The place in the grid of the first epsilon at which half of the images have fallen; after
-        its end if none.
-        """
-        found = fgsm_accuracy(
-            apply_fn, variables, examples, grid, description=description, **options
-        )
-        return [*(accuracy <= 0.5 for accuracy in found), True].index(True)
+        """The place in the grid of the first such epsilon; after its end if there is none."""
+        return [*(accuracy <= 0.5 for accuracy in accuracies(grid)), True].index(True)
 
-    grid = [0.0, *np.geomspace(max_epsilon / GRID_SPAN, max_epsilon, GRID_SIZE - 1).tolist()]
+    grid = [0.0, *np.geomspace(largest / GRID_SPAN, largest, GRID_SIZE - 1).tolist()]
     first = first_fall(grid)
     if first == 0:
         return 0.0
     if first == GRID_SIZE:
         return None
     low, high = grid[first - 1 : first + 1]
-    while high - low > PRECISION * high and high > SMALLEST * max_epsilon:
+    while high - low > PRECISION * high and high > SMALLEST * largest:
         grid = np.linspace(low, high, GRID_SIZE + 2)[1:-1].tolist()
         first = first_fall(grid)
         low, high = [low, *grid][first], [*grid, high][first]
     return high
 
 
-@lru_cache(maxsize=32)
-def compiled_sums(
-    apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings, compile_fn: CompileFn
-) -> BatchFn:
-    """The compiled function from a batch to its `metrics.Sums`, and to DeepFool's perturbations if
-    PASS is asked for.
+def measurement_programs(
+    apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings
+) -> tuple[AttackFn, JudgeFn]:
+    """The two programs from a batch to its `metrics.Sums`, and to DeepFool's perturbations if PASS
+    is asked for.
     """
     on_device = tuple(dict.fromkeys("deepfool" if name == "pass" else name for name in names))
 
@@ -268,24 +314,21 @@ def compiled_sums(
         judged = metrics.judge(problem(shared, batch), found, settings=settings)
         rows = None
         if "pass" in names:
-            rows = {name: batch[name] for name in ("image", "mask")} | {
-                "perturbation": found["deepfool"].perturbation
-            }
+            rows = {name: batch[name] for name in ("image", "mask")}
+            rows["perturbation"] = found["deepfool"].perturbation
         return metrics.sum_up(judged, batch["mask"]), rows
 
-    return compile_fn(attack, judge)
+    return attack, judge
 
 
-@lru_cache(maxsize=32)
-def compiled_curve(apply_fn: ApplyFn, compile_fn: CompileFn) -> BatchFn:
-    """The compiled function from a batch to how many are classified rightly under FGSM, for each
+def curve_programs(apply_fn: ApplyFn) -> tuple[AttackFn, JudgeFn]:
+    """The two programs from a batch to how many are classified rightly under FGSM, for each
     epsilon.
     """
 
     def attack(shared: Shared, batch: Batch) -> Array:
-        return fgsm_direction(
-            partial(apply_fn, shared["variables"]), batch["image"], batch["label"]
-        )
+        logits_fn = partial(apply_fn, shared["variables"])
+        return fgsm_direction(logits_fn, batch["image"], batch["label"])
 
     def judge(shared: Shared, batch: Batch, direction: Array) -> tuple[tuple[Array, Array], None]:
         logits_fn = partial(apply_fn, shared["variables"])
@@ -295,7 +338,27 @@ def compiled_curve(apply_fn: ApplyFn, compile_fn: CompileFn) -> BatchFn:
         counts = batch["mask"] > 0
         return (jnp.sum(~fooled & counts[None], axis=1), jnp.sum(counts)), None
 
-    return compile_fn(attack, judge)
+    return attack, judge
+
+
+def example_programs(apply_fn: ApplyFn, settings: Settings) -> tuple[AttackFn, JudgeFn]:
+    """The two programs from a batch to DeepFool's perturbations and the classes they lead to."""
+
+    def attack(shared: Shared, batch: Batch) -> Array:
+        logits_fn = partial(apply_fn, shared["variables"])
+        problem = Problem(logits_fn, batch["image"], batch["label"], None, None)
+        found = metrics.attack(problem, names=("deepfool",), settings=settings)
+        return found["deepfool"].perturbation
+
+    def judge(shared: Shared, batch: Batch, perturbation: Array) -> tuple[Array, Rows]:
+        logits_fn = partial(apply_fn, shared["variables"])
+        before, after = (
+            predicted_classes(logits_fn, x) for x in (batch["image"], batch["image"] + perturbation)
+        )
+        found = {"perturbation": perturbation, "before": before, "after": after}
+        return jnp.sum(batch["mask"]), dict(batch) | found
+
+    return attack, judge
 
 
 def batches(

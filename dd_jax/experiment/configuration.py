@@ -12,13 +12,15 @@ import json
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
 from dd_jax import defenses, models, training
+from dd_jax._margin import Gradient
 from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
-from dd_jax.norms import NORMS
+from dd_jax.defenses._deep_defense import SOLVERS
+from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
 NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers")  # May differ from one machine to the next.
@@ -34,10 +36,45 @@ CHOICES = {
     "data.name": (*SOURCES, *STREAMED_SOURCES),
     "data.preprocessing": ("paper", *PREPROCESSINGS),
     "defense.name": defenses.NAMES,
-    "defense.norm": NORMS,
+    "defense.norm": ("l2", "linf"),
+    "defense.attack_norm": ("l2", "linf"),
+    "defense.penalty": tuple(PENALTIES),
+    "defense.solver": SOLVERS,
+    "defense.gradient": get_args(Gradient),
+    "defense.aggregation": ("min", "mean"),
     "reference.schedule": tuple(training.SCHEDULES),
     "fine_tuning.schedule": tuple(training.SCHEDULES),
 }
+RENAMED = {
+    "reference.num_parts": "reference.accumulation_steps",
+    "reference.centre_on": "reference.center_on",
+    "fine_tuning.num_parts": "fine_tuning.accumulation_steps",
+    "defense.classes_at_once": "defense.class_chunk_size",
+    "evaluation.fgs_max_epsilon": "evaluation.fgsm_max_epsilon",
+}
+"""Fields by the names that they had before."""
+ADDED = {
+    "data.crop_padding": 0,
+    "reference.average_decay": 0.0,
+    "fine_tuning.average_decay": 0.0,
+    "defense.penalty": "exponential",
+    "defense.solver": "deepfool",
+    "defense.gradient": "through_iterates",
+    "defense.attack_norm": "linf",
+    "defense.num_attack_steps": 10,
+    "defense.relative_step_size": 0.25,
+    "defense.kl_weight": 6.0,
+    "defense.max_margin": 0.2,
+    "defense.clean_weight": 1 / 3,
+    "defense.num_bisections": 10,
+    "defense.absolute_correct_scale": 2.0,
+    "defense.absolute_wrong_scale": 1.0,
+    "defense.aggregation": "min",
+    "defense.worst_fraction": 0.2,
+}
+"""Fields that older run directories lack, with the values that change nothing."""
+SHARES = ("defense.mixing_weight", "defense.fgsm_weight", "defense.clean_weight")
+SHARES += ("defense.worst_fraction",)
 NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
 # Of the evaluation's DeepFool too, whatever the defense. 0: none.
 CLASS_LIMITS = ("num_candidates", "class_chunk_size")
@@ -46,6 +83,7 @@ AT_LEAST_ONE = (
     "num_steps",
     "accumulation_steps",
     "num_binary_search_steps",
+    "num_attack_steps",
     "carlini_wagner_examples",
 )
 MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
@@ -129,6 +167,8 @@ def _apply(config: ConfigDict, override: str) -> None:
             f"--help lists the rest."
         )
     fields = flatten(config)
+    if name in RENAMED:
+        raise ConfigurationError(f"{name} is now called {RENAMED[name]}; use that name.")
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4)
         hint = (
@@ -188,7 +228,7 @@ def check(config: ConfigDict) -> None:
             raise ConfigurationError(f"{name} is {value}; it must be a finite number, 0 or more.")
     if fields.get("seed", 0) >= NUM_SEEDS:
         raise ConfigurationError(f"seed is {config.seed}; it must be below {NUM_SEEDS}.")
-    for name in ("defense.mixing_weight", "defense.fgsm_weight"):
+    for name in SHARES:
         if fields.get(name, 0) > 1:
             raise ConfigurationError(f"{name} is {fields[name]}; it must be within 0..1.")
     if fields.get("defense.num_candidates") == 1:
@@ -252,7 +292,7 @@ def load(workdir: pathlib.Path) -> ConfigDict:
     """The configuration of an existing run directory."""
     path = workdir / FILE_NAME
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        config = ConfigDict(_up_to_date(json.loads(path.read_text())))
         check(config)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(
@@ -263,3 +303,19 @@ def load(workdir: pathlib.Path) -> ConfigDict:
             f"{path} is damaged, or no run's ({error}); restore it, or give another directory."
         ) from error
     return config
+
+
+def _up_to_date(fields: Any) -> dict[str, Any]:
+    """The fields of a run directory, under the names and with the fields of this version.
+
+    AttributeError where it is no dictionary.
+    """
+    nested: dict[str, Any] = dict(fields.items())
+    flat = {RENAMED.get(name, name): value for name, value in flatten(nested).items()}
+    sections = {name.partition(".")[0] for name in flat}
+    missing = {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections}
+    nested = {}
+    for name, value in (missing | flat).items():
+        section, dot, field = name.rpartition(".")
+        (nested.setdefault(section, {}) if dot else nested)[field] = value
+    return nested

@@ -1,0 +1,135 @@
+"""report.json: what was measured of a run's two nets, and with what.
+
+The file is report_first_N.json where only the first N test images were measured. A later
+measurement of the same images adds to it. No final figure is kept anywhere else.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dd_jax.results.tables import PAPERS, Row, has_published, text_table
+
+REFERENCE, DEFENDED = "reference", "defended"
+"""The two stages of a run, and their nets."""
+# Of figures and settings in reports from before they were called FGSM throughout.
+OLD_PREFIX, NEW_PREFIX = "fgs_", "fgsm_"
+
+
+class Report(NamedTuple):
+    """Everything that is needed to quote a run's figures.
+
+    measured: by stage, then by name of the figure. names: the measurements asked for. limit: how
+    many test images were measured, None for all. published: the paper's figures by net. config: the
+    resolved configuration, {"section.field": value}. remarks: what to know of the figures.
+    """
+
+    data: str
+    model: str
+    defense: str
+    seed: int
+    input_space: str
+    measured: dict[str, dict[str, Any]]
+    names: list[str]
+    limit: int | None
+    published: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    xla_flags: str
+    device: str
+    python: str
+    packages: dict[str, str]
+    remarks: list[str]
+
+
+def file_name(limit: int | None) -> str:
+    """The report's name, by how many of the test images were measured (None: all)."""
+    return "report.json" if limit is None else f"report_first_{limit}.json"
+
+
+def write_report(report: Report, workdir: pathlib.Path) -> pathlib.Path:
+    """Writes the report, whole or not at all, and returns its path."""
+    path = workdir / file_name(report.limit)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report._asdict(), indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_report(workdir: pathlib.Path, limit: int | None = None) -> Report | None:
+    """The report of a run directory on the first `limit` test images; None if there is none yet, or
+    it is damaged.
+    """
+    try:
+        fields = json.loads((workdir / file_name(limit)).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if not isinstance(fields, dict) or not {"measured", "names", "config"} <= fields.keys():
+        return None
+    fields = {"remarks": [], "xla_flags": "", "limit": limit} | _with_new_names(fields)
+    known = {name: fields.get(name) for name in Report._fields}
+    return Report(**known) if isinstance(known["measured"], dict) else None
+
+
+def _with_new_names(value: Any) -> Any:
+    """The same with "fgsm" for "fgs" in the names of figures, of measurements and of settings."""
+    if isinstance(value, Mapping):
+        return {_new_name(name): _with_new_names(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_new_name(inner) if isinstance(inner, str) else inner for inner in value]
+    return value
+
+
+def _new_name(name: str) -> str:
+    section, dot, field = name.rpartition(".")
+    if field == OLD_PREFIX[:-1]:
+        return NEW_PREFIX[:-1]
+    if field.startswith(OLD_PREFIX):
+        return f"{section}{dot}{NEW_PREFIX}{field.removeprefix(OLD_PREFIX)}"
+    return name
+
+
+def merged(before: Report | None, report: Report) -> Report:
+    """The report, with the other figures of an earlier one of the same images and settings."""
+    if before is None:
+        return report
+    stages = {**before.measured, **report.measured}
+    measured = {
+        stage: before.measured.get(stage, {}) | report.measured.get(stage, {}) for stage in stages
+    }
+    names = list(dict.fromkeys([*before.names, *report.names]))
+    return report._replace(measured=measured, names=names)
+
+
+def rows(report: Report) -> list[Row]:
+    """The reference and the defended net, as far as they are measured, as rows of a table."""
+    labels = {REFERENCE: REFERENCE, DEFENDED: report.defense}
+    return [
+        Row(label, report.measured[stage], report.published.get(label))
+        for stage, label in labels.items()
+        if stage in report.measured
+    ]
+
+
+def table(report: Report) -> str:
+    """The before/after table, for a terminal."""
+    both = rows(report)
+    notes = [f"({PAPERS})"] if has_published(both) else []
+    return "\n".join([text_table(both), *notes, *report.remarks, conditions(report)])
+
+
+def conditions(report: Report, *others: Report) -> str:
+    """What the figures of reports (on the same images) were measured on, in a line."""
+    measured = next(iter(report.measured.values()))
+    fewer = measured.get("carlini_wagner_examples", measured["num_examples"])
+    few = f" (C&W: the first {fewer})" if fewer < measured["num_examples"] else ""
+    pgd = ""
+    if "accuracy_pgd" in measured:
+        epsilon, steps = (
+            report.config[f"evaluation.pgd_{name}"] for name in ("epsilon", "num_steps")
+        )
+        pgd = f"; PGD: linf, epsilon {epsilon}, {steps} steps"
+    seeds = sorted({each.seed for each in (report, *others)})
+    seed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    space = f"inputs: {report.input_space}{pgd}; {seed}"
+    return f"{measured['num_examples']} test images{few} of {report.data}; {space}"
