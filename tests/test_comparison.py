@@ -202,6 +202,7 @@ def test_half_of_the_images_wrong_without_an_attack_is_said(swept, compared):
 def test_a_subset_is_enough_for_what_it_shows(swept, compared, tmp_path):
     for workdir in swept:
         shutil.copytree(workdir, tmp_path / workdir.name)
+        (tmp_path / workdir.name / "report.json").unlink()
     copies = [tmp_path / workdir.name for workdir in swept]
     printed = comparison.compare(copies, tmp_path / "out", names=("deepfool",), limit=20)
     assert "PASS" not in printed and "epsilon_ref" not in printed and "20 test images of" in printed
@@ -236,7 +237,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(
         (tmp_path / "file").write_text("")
         comparison.compare(swept, tmp_path / "file", limit=20)
     unfinished = shutil.copytree(swept[1], tmp_path / "unfinished")
-    (unfinished / "report.json").unlink()
+    shutil.rmtree(unfinished / "checkpoints/reference/12")
     with pytest.raises(ConfigurationError, match="unfinished has no finished reference net"):
         comparison.compare([swept[0], unfinished], tmp_path / "out", limit=20)
     monkeypatch.setattr(comparison, "all_names", lambda run: ("deepfool",))

@@ -110,17 +110,24 @@ def open_run_like(run: Run, workdir: pathlib.Path) -> Run:
 
 def restore_state(run: Run, stage_name: str) -> TrainState:
     """The final state of a stage in the run directory; ConfigurationError before it is finished."""
-    check_finished(run.workdir, stage_name)
+    check_finished(run, stage_name)
     return _restored(run.workdir, stage_name, run.stages[stage_name].make_state)
 
 
-def check_finished(workdir: pathlib.Path, stage_name: str) -> None:
-    """ConfigurationError before that stage of a run directory is trained and measured."""
-    report = read_report(workdir)
-    if report is None or stage_name not in report.measured:
-        raise ConfigurationError(
-            f"{workdir} has no finished {stage_name} net; rerun train.py on it to its end."
-        )
+def check_finished(run: Run, stage_name: str) -> None:
+    """ConfigurationError before that stage of the run directory is trained to its end."""
+    if not (run.workdir / "checkpoints" / stage_name).is_dir():
+        raise _unfinished(run.workdir, stage_name)
+    with open_checkpoints(run.workdir, stage_name, read_only=True) as saved:
+        step = saved.latest()
+    if step is None or step < run.stages[stage_name].num_steps:
+        raise _unfinished(run.workdir, stage_name)
+
+
+def _unfinished(workdir: pathlib.Path, stage_name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{workdir} has no finished {stage_name} net; rerun train.py on it to its end."
+    )
 
 
 def _restored(
@@ -176,7 +183,9 @@ def _reference_of_run(config: ConfigDict, path: pathlib.Path, model: nn.Module) 
         raise ConfigurationError(
             f"reference.source {path} is of {theirs}; this configuration needs {ours}."
         )
-    check_finished(path, REFERENCE)
+    report, is_defended = read_report(path), (path / "checkpoints" / DEFENDED).is_dir()
+    if not is_defended and (report is None or REFERENCE not in report.measured):
+        raise _unfinished(path, REFERENCE)
     state = _restored(path, REFERENCE, state_maker(other, REFERENCE, model))
     state = training.averaged(state)
     return state.params, state.batch_stats

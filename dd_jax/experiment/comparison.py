@@ -120,7 +120,7 @@ def compare(
     runs = [first, *(open_run_like(first, workdir) for workdir in workdirs[1:])]
     names = checked_names(first, names)
     for run, stage in itertools.product(runs, (REFERENCE, DEFENDED)):
-        check_finished(run.workdir, stage)
+        check_finished(run, stage)
     _make_directory(out)
     reports = [_complete_report(run, names, limit) for run in runs]
     nets = list_nets(runs, reports)

@@ -35,9 +35,9 @@ def _open_in_memory(
     data_set = _load(config, data.load, image_shape=models.input_shape(config.model.name))
     preprocessing = fitted or data.fit(preprocessing_name(config), data_set.train_images)
     inputs = preprocessing(data_set.train_images), preprocessing(data_set.test_images)
-    options = dict(flip=config.data.flip)
+    options = dict(flip=config.data.flip, crop_padding=config.data.crop_padding)
     if config.data.crop_padding:
-        options["crop_padding"] = config.data.crop_padding
+        options["padding_value"] = data.value_of_black(preprocessing)
     return InMemory(data_set, *inputs, **options), preprocessing
 
 
