@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.io
 
 from dd_jax import data, deepfool
 from dd_jax.attacks import carlini_wagner_l2, fgsm, fgsm_success_curve, minimal_fgsm, pgd
+from dd_jax.data import archives, catalog, preprocessing
 from dd_jax.data import download as downloads
-from dd_jax.data import preprocessing
 
 # What the package itself says of wrong arguments.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -32,7 +33,7 @@ ATTACKS = (
     functools.partial(minimal_fgsm, max_epsilon=1.0),
     functools.partial(fgsm_success_curve, epsilons=(0.1, 0.2)),
 )
-SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+SHAPES = {name: data.DATA_SETS[name].image_shape for name in ("mnist", "cifar10")}
 
 
 def random_images(shape, seed=0):
@@ -233,13 +234,29 @@ def test_impossible_arguments(arguments, message):
         data.load("digits", (28, 28, 1), test_limit=0)
 
 
+def tar_gz(path, contents):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def lines(words, count):
+    """Names of classes as in CIFAR's archives, with an empty line at the end."""
+    return "".join(f"{words}{i}\n" for i in range(count)).encode() + b"\n"
+
+
+def moved(monkeypatch, name, url):
+    """Lets a data set be downloaded from another address."""
+    entry = data.DATA_SETS[name]
+    entry = entry._replace(download=entry.download._replace(url=url))
+    monkeypatch.setitem(catalog.DATA_SETS, name, entry)
+
+
 @pytest.fixture
 def website(tmp_path, monkeypatch):
-    """A local server of downloads, three files of which are there: CIFAR-10, and MNIST without its
-    test labels.
-    """
-    import tensorflow_datasets as tfds
-
+    """A local server of the official files, each with few images; MNIST lacks its test labels."""
     for name, header in (
         ("train-images-idx3", 16),
         ("train-labels-idx1", 8),
@@ -248,20 +265,33 @@ def website(tmp_path, monkeypatch):
         content = random_images((3, 28, 28)).tobytes() if header == 16 else bytes([0, 1, 2])
         (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + content))
     planes = random_images((12, 3, 32, 32))
-    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
-        for file in range(6):
-            name = "test_batch" if file == 5 else f"data_batch_{file + 1}"
-            rows = range(2 * file, 2 * file + 2)
-            content = b"".join(bytes([row % 10]) + planes[row].tobytes() for row in rows)
-            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
+    record = lambda row, *labels: bytes(labels) + planes[row].tobytes()
+    parts = {f"data_batch_{i + 1}": (2 * i, 2 * i + 1) for i in range(5)} | {"test_batch": (10, 11)}
+    cifar10 = {"batches.meta.txt": lines("class", 10)}
+    for name, rows in parts.items():
+        cifar10[f"{name}.bin"] = b"".join(record(row, row % 10) for row in rows)
+    # the coarse label first, then the fine one
+    cifar100 = {
+        "train.bin": b"".join(record(row, 19 - row, 89 + row) for row in range(10)),
+        "test.bin": b"".join(record(row, 0, row) for row in (10, 11)),
+        "fine_label_names.txt": lines("fine", 100),
+        "coarse_label_names.txt": lines("coarse", 20),
+    }
+    for folder, file, contents in (
+        ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", cifar10),
+        ("cifar-100-binary", "cifar-100-binary.tar.gz", cifar100),
+    ):
+        tar_gz(tmp_path / file, {f"{folder}/{name}": x for name, x in contents.items()})
+    images = planes.transpose(2, 3, 1, 0)
+    labels = (np.arange(12) % 10 + 1).astype(np.uint8)[:, None]  # 10 stands for the digit 0
+    for split, part in (("train", slice(10)), ("test", slice(10, 12))):
+        arrays = {"X": images[..., part], "y": labels[part]}
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", arrays)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(tfds.image_classification.MNIST, "URL", url)
-        monkeypatch.setattr(downloads, "CIFAR10_URL", url + "cifar.tar.gz")
+        for name in catalog.DOWNLOADS:
+            moved(monkeypatch, name, f"http://127.0.0.1:{server.server_port}/")
         yield planes
         server.shutdown()
 
@@ -275,34 +305,92 @@ def test_download_prepares_what_load_reads(website, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["data", "cifar10", "--data_dir", str(tmp_path / "tfds")])
     downloads.main()
     assert f"cifar10 is ready in {tmp_path}/tfds/cifar10/3.0.2" in capsys.readouterr().out
-    examples = list(
-        downloads.mnist_examples(
-            *(tmp_path / f"train-{part}-ubyte.gz" for part in downloads.MNIST_PARTS)
-        )
-    )
+    paths = [tmp_path / file for file in data.DATA_SETS["mnist"].download.files["train"]]
+    examples = list(archives.mnist_examples("train", paths))
     assert [(key, example["label"]) for key, example in examples] == [(0, 0), (1, 1), (2, 2)]
     decoded = [np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for _, example in examples]
     np.testing.assert_array_equal(decoded, random_images((3, 28, 28)))
 
 
-def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "version", "num_classes", "train_labels", "test_labels"),
+    [
+        ("cifar100", "3.0.2", 100, range(89, 99), [10, 11]),
+        ("svhn_cropped", "3.1.0", 10, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0], [1, 2]),
+    ],
+)
+def test_new_sets_are_prepared_and_read_back_exactly(
+    website, tmp_path, name, version, num_classes, train_labels, test_labels
+):
     import tensorflow_datasets as tfds
 
+    loaded = data.load(name, (32, 32, 3), data_dir=tmp_path / "tfds", download=True)
+    assert loaded.description == f"{name} (TFDS {version}, 32x32x3)"
+    assert loaded.num_classes == num_classes and data.paper_preprocessing(name) == "none"
+    originals = website.transpose(0, 2, 3, 1)
+    for images, labels, expected, rows in (
+        (loaded.train_images, loaded.train_labels, train_labels, originals[:10]),
+        (loaded.test_images, loaded.test_labels, test_labels, originals[10:]),
+    ):
+        assert sorted(labels) == sorted(expected) and labels.dtype == np.int32
+        np.testing.assert_array_equal(
+            by_label(images, labels), rows[np.argsort(list(expected), kind="stable")]
+        )
+    info = tfds.builder_from_directory(tmp_path / "tfds" / name / version).info
+    assert info.full_name == f"{name}/{version}"
+    assert set(info.splits) == {"train", "test"}
+    if name == "cifar100":
+        assert info.features["label"].int2str(99) == "fine99"
+        assert info.features["coarse_label"].int2str(19) == "coarse19"
+
+
+@pytest.mark.parametrize("name", catalog.DOWNLOADS)
+def test_entries_are_those_of_tfds_and_its_checksums_cover_every_file(name):
+    """TFDS refuses a file of another checksum, before anything parses it."""
+    builder, entry = downloads._builder_class(name), data.DATA_SETS[name]
+    assert (builder.name, str(builder.VERSION)) == (name, entry.version)
+    addresses = {entry.download.url + x for files in entry.download.files.values() for x in files}
+    assert addresses <= set(builder.url_infos)
+    assert set(entry.download.files) == {"train", "test"}
+
+
+def test_a_file_of_another_checksum_is_refused_before_it_is_parsed(website, tmp_path, monkeypatch):
+    builder = downloads._builder_class("svhn_cropped")
+    url = data.DATA_SETS["svhn_cropped"].download.url + "train_32x32.mat"
+    official = next(info for address, info in builder.url_infos.items() if "train_" in address)
+    monkeypatch.setattr(builder, "url_infos", {url: official})
+    monkeypatch.setattr(downloads, "_builder_class", lambda name: builder)
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: pytest.fail("the file was parsed"))
+    with pytest.raises(data.DataError, match="could not be downloaded.*NonMatchingChecksumError"):
+        data.load("svhn_cropped", (32, 32, 3), data_dir=tmp_path / "tfds", download=True)
+
+
+def test_every_entry_is_complete():
+    assert data.SOURCES == ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
+    preprocessings = {name: data.paper_preprocessing(name) for name in data.SOURCES}
+    used_by_the_paper = {"mnist": "mean_image", "cifar10": "contrast_whiten"}
+    assert {k: v for k, v in preprocessings.items() if v != "none"} == used_by_the_paper
+    assert set(preprocessings.values()) <= set(data.PREPROCESSINGS)
+    with pytest.raises(ValueError, match="'svhn'.*digits, mnist, cifar10, cifar100, svhn_cropped"):
+        data.paper_preprocessing("svhn")
+
+
+def test_failed_downloads_cost_one_sentence(website, tmp_path, monkeypatch):
     with pytest.raises(
         data.DataError, match="mnist could not be downloaded from http://127.*DownloadError"
     ):
         data.load("mnist", (28, 28, 1), data_dir=tmp_path / "tfds", download=True)
-    monkeypatch.setattr(tfds.image_classification.MNIST, "URL", "http://127.0.0.1:1/")
+    moved(monkeypatch, "mnist", "http://127.0.0.1:1/")
     monkeypatch.setattr(sys, "argv", ["data", "mnist", "--data_dir", str(tmp_path / "tfds")])
     with pytest.raises(SystemExit, match="^error: mnist could not be downloaded.*no network"):
         downloads.main()
 
 
 @pytest.mark.parametrize("name", ["svhn", "imagenet2012", "CIFAR10", "digits"])
-def test_a_third_set_is_refused_in_one_sentence_and_not_taken_for_cifar10(
+def test_another_set_is_refused_in_one_sentence_and_not_taken_for_cifar10(
     tmp_path, monkeypatch, name
 ):
-    said = f"{name!r} cannot be downloaded: choose one of mnist, cifar10"
+    said = f"{name!r} cannot be downloaded: choose one of mnist, cifar10, cifar100, svhn_cropped"
     with pytest.raises(data.DataError, match=f"^{said}"):
         downloads.download(name, tmp_path)
     with pytest.raises(data.DataError, match=f"^{said}"):
@@ -486,6 +574,65 @@ def test_flips_mirror_half_of_the_images():
     np.testing.assert_array_equal(batch["image"][~mirrored], expected[~mirrored])
 
 
+def crops(step=0, flip=False, value=-1.0):
+    """A batch of 600 images of 3 x 4 distinct pixels, cropped with a margin of 2, and the images."""
+    images = np.arange(600 * 12, dtype=np.float32).reshape(600, 3, 4, 1)
+    options = dict(batch_size=600, seed=5, step=step, flip=flip)
+    batch = data.training_batch(
+        images, np.arange(600, dtype=np.int32), crop_padding=2, padding_value=value, **options
+    )
+    return batch, images
+
+
+def test_padded_crops_are_every_offset_equally_often():
+    batch, images = crops()
+    padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)], constant_values=-1.0)
+    found = np.zeros((5, 5), int)
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        offsets = [
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if np.array_equal(padded[label, top : top + 3, left : left + 4], image)
+        ]
+        assert len(offsets) == 1
+        found[offsets[0]] += 1
+    assert found.sum() == 600 and found.min() >= 8 and found.max() <= 45  # 24 each on average
+
+
+def test_padded_crops_depend_on_seed_and_step_alone_and_leave_order_and_flips_as_they_are():
+    for flip in (False, True):
+        (batch, images), (again, _) = crops(3, flip), crops(3, flip)
+        np.testing.assert_array_equal(batch["image"], again["image"])
+        assert not np.array_equal(batch["image"], crops(4, flip)[0]["image"])
+        plain = data.training_batch(
+            images, np.arange(600, dtype=np.int32), batch_size=600, seed=5, step=3, flip=flip
+        )
+        np.testing.assert_array_equal(batch["label"], plain["label"])
+        assert batch["image"].dtype == np.float32 and batch["image"].shape == plain["image"].shape
+    flipped, straight = crops(3, True)[0]["image"], crops(3)[0]["image"]
+    is_flipped = np.random.default_rng((2, 5, 3)).random(600) < 0.5
+    np.testing.assert_array_equal(flipped[is_flipped], straight[is_flipped][:, :, ::-1])
+    np.testing.assert_array_equal(flipped[~is_flipped], straight[~is_flipped])
+
+
+@pytest.mark.parametrize("name", data.UNFITTED)
+def test_padding_inputs_is_padding_pixels_with_black(name):
+    images, labels = random_images((4, 5, 5, 3)), np.arange(4, dtype=np.int32)
+    preprocess = data.Preprocessing(name)
+    options = dict(batch_size=4, seed=0, step=1, crop_padding=3)
+    of_pixels = data.training_batch(images, labels, **options)["image"]
+    black = data.value_of_black(preprocess)
+    of_inputs = data.training_batch(preprocess(images), labels, padding_value=black, **options)
+    np.testing.assert_array_equal(of_inputs["image"], preprocess(of_pixels))
+
+
+def test_padding_is_the_mean_image_where_black_depends_on_the_place():
+    images = random_images((20, 2, 2, 1))
+    for name in ("mean_image", "contrast_whiten"):
+        assert data.value_of_black(data.fit(name, images)) == 0
+
+
 def test_evaluation_batches_keep_order_and_are_filled_up():
     images, labels = numbered(7)
     labels = labels + 1
@@ -511,6 +658,8 @@ def test_impossible_batches():
         data.training_batch(images, labels, batch_size=5, seed=0, step=0)
     with pytest.raises(ValueError, match="must not be negative"):
         data.training_batch(images, labels, batch_size=2, seed=0, step=-1)
+    with pytest.raises(ValueError, match="crop_padding must be .* 0 or more, got -1"):
+        data.training_batch(images, labels, batch_size=2, seed=0, step=0, crop_padding=-1)
     with pytest.raises(ValueError, match="4 images and 3 labels"):
         data.training_batch(images, labels[:3], batch_size=2, seed=0, step=0)
     with pytest.raises(ValueError, match="batch_size must be positive"):

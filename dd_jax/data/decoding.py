@@ -1,11 +1,11 @@
-"""From the bytes of an image file to the uint8 pixels that a net of ImageNet sees, with Pillow
+"""From the bytes of an image file to the uint8 pixels that a net for ImageNet takes, with Pillow
 alone.
 
     pixels = resized(encoded, short_side=256)          # (h, w, 3), the shorter of h and w is 256
     pixels = random_crop(pixels, 224, random)          # for training, mirrored half of the time
     pixels = centre_crop(pixels, 224)                  # for evaluation
 
-What Pillow makes of a file may differ by a gray level or so from what other decoders make of it.
+Pillow's pixels may differ from those of other decoders by about one gray level.
 """
 
 import io
@@ -15,31 +15,31 @@ from jaxtyping import UInt8
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
-# What image files of a data set may hold, whatever their names say. Pillow knows more, some of
-# which run programs.
+# The formats that are read, whatever the names of the files are. Pillow knows others, some of which
+# run programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 INTERPOLATIONS = ("bilinear", "bicubic")
-# A JPEG is decoded to a half, a quarter or an eighth where that still leaves twice the pixels that
-# are wanted: several times as fast for large photographs, and the antialiased reduction that
-# follows hides the difference.
+# A JPEG is decoded to a half, a quarter or an eighth of its size where that still leaves twice the
+# pixels that are wanted. This is several times as fast for large photographs, and the antialiased
+# reduction that follows hides the difference.
 DECODED_TO_WANTED = 2
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image that can be read whole. The message says why, in Pillow's words where
-    it has any.
+    """Bytes that are not an image, or an image that cannot be read completely. The message gives
+    the reason, in Pillow's words where there are any.
     """
 
 
 def resized(encoded: bytes, short_side: int = 256, interpolation: str = "bilinear") -> Pixels:
-    """Decodes an image to RGB and brings its shorter side to a length, the aspect kept,
-    antialiased.
+    """Decodes an image to RGB and resizes it, antialiased, so that its shorter side has a given
+    length.
 
-    The longer side becomes `floor(short_side * long / short)`, torchvision's rule. One frame, the
-    first, of a file with several. CMYK, gray (1, 8 and 16 bits, of which the upper 8 count) and
-    palette images become RGB. An alpha channel is dropped, not blended, and a color profile and
-    the orientation in the EXIF data are ignored: so do TensorFlow's and PyTorch's ImageNet
-    pipelines, with which the published nets were trained.
+    The longer side becomes `floor(short_side * long / short)`, torchvision's rule. Of a file with
+    several frames the first is read. CMYK, gray (1, 8 and 16 bits, of which the upper 8 count) and
+    palette images become RGB. An alpha channel is dropped, not blended, and a color profile and the
+    orientation in the EXIF data are ignored, as in TensorFlow's and PyTorch's ImageNet pipelines,
+    with which the published nets were trained.
 
     Args:
       encoded: a file of one of `FORMATS`, recognized by its contents.
@@ -48,8 +48,8 @@ def resized(encoded: bytes, short_side: int = 256, interpolation: str = "bilinea
 
     Raises:
       ValueError: a short side that is not positive, or an unknown interpolation.
-      DecodeError: no such file, one that is cut short, one of floating-point values, or one so long
-        and narrow that the result would have more pixels than Pillow takes for harmless.
+      DecodeError: a file of another format, a truncated one, one of floating-point values, or one
+        so long and narrow that the result would have more pixels than Pillow considers safe.
     """
     import PIL.Image
 
@@ -75,20 +75,20 @@ def resized(encoded: bytes, short_side: int = 256, interpolation: str = "bilinea
                 image = image.resize(size, PIL.Image.Resampling[interpolation.upper()])
             return np.array(image)
     except MemoryError:
-        raise  # the machine's trouble, not the file's
+        raise  # a problem of the machine, not of the file
     except DecodeError:
         raise
     except Exception as error:  # a damaged file may make Pillow raise nearly anything
         reason = str(error) or type(error).__name__
-        # its own message shows the address of our buffer
+        # Pillow's message shows the address of the buffer
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = f"not an image of a known format ({', '.join(FORMATS)})"
         raise DecodeError(reason) from error
 
 
 def centre_crop(pixels: Pixels, size: int) -> Pixels:
-    """Returns the middle square, a view; an odd margin is halved as Python rounds, to even, which
-    is torchvision's way.
+    """Returns the middle square, a view. Half of an odd margin is rounded to even, as in
+    torchvision.
 
     Raises:
       ValueError: an image smaller than the square.
@@ -101,12 +101,12 @@ def centre_crop(pixels: Pixels, size: int) -> Pixels:
 def random_crop(
     pixels: Pixels, size: int, random: np.random.Generator, flip: bool = True
 ) -> Pixels:
-    """Returns a square from anywhere in the image, each place as likely as any other; a view.
+    """Returns a random square of the image, uniformly distributed; a view.
 
     Args:
       pixels: `(h, w, 3)`.
       size: the square's side, at most the shorter of h and w.
-      random: gives the place and, whether it is wanted or not, the draw for the mirroring.
+      random: draws the position and, also without `flip`, a number for the mirroring.
       flip: mirror it left to right with probability 1/2.
 
     Raises:
@@ -123,12 +123,12 @@ def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
     import PIL.Image
 
     if image.mode == "F":
-        raise DecodeError("an image of floating-point values, whose range nothing tells")
+        raise DecodeError("an image of floating-point values, whose range is unknown")
     # 16 bits, which `convert` would clip to 255; some versions hold them in 32
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     elif "transparency" in image.info and image.mode == "P":
-        # on the direct way Pillow warns, and drops the transparency all the same
+        # a direct conversion gives the same, with a warning
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -137,6 +137,5 @@ def _check_crop(pixels: Pixels, size: int) -> None:
     if not 1 <= size <= min(pixels.shape[:2]):
         raise ValueError(
             f"a crop of {size} pixels cannot be taken from an image of shape {pixels.shape}: "
-            f"choose one between 1 and"
-            f" {min(pixels.shape[:2])}, or a longer short_side"
+            f"choose one between 1 and {min(pixels.shape[:2])}, or a longer short_side"
         )

@@ -1,5 +1,5 @@
-"""Batches of images made from their files, each from its number alone: what a worker of `streaming`
-runs.
+"""Batches of images that are made from image files, each from its number alone. The workers of
+`workers` run this code.
 """
 
 import dataclasses
@@ -8,21 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from dd_jax.data import decoding as decoding
-from dd_jax.data.batches import epoch_order, steps_per_epoch
+from dd_jax.data import decoding
+from dd_jax.data.batches import STREAMED_CROP_STREAM, epoch_order, steps_per_epoch
 from dd_jax.data.image_files import EncodedImages, UnreadableError
 from dd_jax.data.preprocessing import Preprocessing
-
-# First word of the crops' seeds; `batches` has 1 and 2.
-CROP_STREAM = 3
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class BatchSource:
-    """Makes any batch from its number alone, in any process; arguments as for the streams.
+    """Makes a batch from its number alone, in any process.
 
     Attributes:
-      seed: None for evaluation: in order, central crops.
+      seed: None for evaluation, which means the images in order and their centers.
+
+    The other attributes are the arguments of `workers.training_stream`.
     """
 
     images: EncodedImages
@@ -41,8 +40,7 @@ class BatchSource:
         if self.batch_size < 1 or self.num_shards < 1 or self.batch_size % self.num_shards:
             raise ValueError(
                 f"batch_size must be a positive multiple of the number of processes, got "
-                f"{self.batch_size} for"
-                f" {self.num_shards}"
+                f"{self.batch_size} for {self.num_shards}"
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
@@ -65,19 +63,19 @@ class BatchSource:
 
     @property
     def local_batch_size(self) -> int:
-        """Number of rows that this process makes of every batch."""
+        """Number of rows of every batch that this process makes."""
         return self.batch_size // self.num_shards
 
     @property
     def num_rows(self) -> int:
-        """Number of images that this process reads in an epoch, or of an evaluation."""
+        """Number of images that this process reads in an epoch, or in an evaluation."""
         full, rest = divmod(len(self.images), self.batch_size)
         ragged = 0 if self.seed is not None else rest - self.shard_index * self.local_batch_size
         return full * self.local_batch_size + min(max(ragged, 0), self.local_batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Returns the batch, uint8, with what is to be known: `failures`, (name, reason) each, and
-        `seconds` of work.
+        """Returns the batch, its images uint8, with `failures`, a (name, reason) each, and the
+        `seconds` that it took.
         """
         start = time.perf_counter()
         epoch, rows = self.rows(number)
@@ -102,10 +100,10 @@ class BatchSource:
         }
 
     def received(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a batch from a worker with its images in the net's input space; empty places stay
-        zeros.
+        """Returns a batch from a worker with its images in the net's input space; empty rows stay
+        zero.
 
-        They are copied even where nothing is to be done, so that shared memory is freed at once.
+        Images are always copied, so that shared memory is freed at once.
         """
         image = (
             np.array(batch["image"])
@@ -116,8 +114,8 @@ class BatchSource:
         return {**batch, "image": image}
 
     def rows(self, number: int) -> tuple[int, np.ndarray]:
-        """Returns the epoch of a batch, and which images are this process's part of it: as many as
-        there are.
+        """Returns the epoch of a batch and the images that are this process's part of it; fewer
+        than `local_batch_size` at the end of an evaluation.
         """
         epoch = 0
         order = np.arange(len(self.images))
@@ -134,5 +132,5 @@ class BatchSource:
             raise UnreadableError(name, str(error)) from error
         if self.seed is None:
             return decoding.centre_crop(pixels, self.crop_size)
-        random = np.random.default_rng((CROP_STREAM, self.seed, epoch, row))
+        random = np.random.default_rng((STREAMED_CROP_STREAM, self.seed, epoch, row))
         return decoding.random_crop(pixels, self.crop_size, random, self.flip)

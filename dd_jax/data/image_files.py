@@ -1,11 +1,11 @@
-"""Data sets too large for memory: the bytes of their image files, read one at a time, and their
-labels.
+"""Data sets that are too large for memory: the bytes of their image files, read one at a time, and
+their labels.
 
     images = open_images("image_folder", data_dir="/data/imagenet")
     name, encoded, label = images.train[0]
 
-Nothing is decoded here, and what is opened holds no image: it is small enough to be sent to worker
-processes.
+Nothing is decoded here. An opened data set holds no images and is therefore small enough to be sent
+to worker processes.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from dd_jax.data import datasets
-from dd_jax.data.datasets import DataError
+from dd_jax.data.catalog import DataError
+from dd_jax.data.prepared import data_directory, has_splits, prepared_versions
 
 STREAMED_SOURCES = ("imagenet2012", "image_folder")
-# Other files of a class directory (lists, boxes, READMEs) are passed over. What the names promise
-# need not be true.
+# Other files of a class directory (lists, boxes, READMEs) are ignored. The suffix need not tell the
+# true format.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 TRAINING_FOLDER, TEST_FOLDERS = "train", ("val", "validation")
-# Of a folder without that division every tenth image, in the order of class and name and the first
-# included, is for testing.
+# In a folder without these two, every tenth image in the order of class and name, from the first
+# on, is a test image.
 FOLDER_TEST_STRIDE = 10
 IMAGENET_VERSION = "5.1.0"
 
@@ -41,8 +41,8 @@ class EncodedImage(NamedTuple):
 
 @runtime_checkable
 class EncodedImages(Protocol):
-    """One split of a data set, in a fixed order. It can be pickled, and then opens its files
-    anew.
+    """One split of a data set, in a fixed order. It can be pickled; the copy opens its files
+    itself.
     """
 
     def __len__(self) -> int:
@@ -50,12 +50,12 @@ class EncodedImages(Protocol):
         ...
 
     def __getitem__(self, row: int) -> EncodedImage:
-        """Reads an image; `UnreadableError` where its file cannot be read."""
+        """Reads an image; raises `UnreadableError` where its file cannot be read."""
         ...
 
 
 class UnreadableError(ValueError):
-    """An image that the data set lists but that cannot be read; `name` is the image's name."""
+    """An image of the data set that cannot be read; `name` is the image's name."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -89,25 +89,26 @@ def open_images(
     """Opens a data set of image files; reads no image.
 
     - "imagenet2012": as TFDS prepared it, `DATA_DIR/imagenet2012/5.1.0/*.array_record*`, in TFDS's
-      (shuffled) order. It is never downloaded: ImageNet is given to those who ask image-net.org for
-      it.
+      (shuffled) order. It is never downloaded, because image-net.org gives ImageNet only on
+      request.
     - "image_folder": `DATA_DIR/train/CLASS/*` and `DATA_DIR/val/CLASS/*`, or only
-      `DATA_DIR/CLASS/*`, of which every tenth image is then a test image (in the order of class and
-      name, the first included). The sorted names of the class directories are the labels 0, 1, ...;
-      for ImageNet's synsets this is the usual numbering. Directories within those of the classes
-      are searched too; a file is an image if its name ends in one of `SUFFIXES`. Each split is
-      ordered by a checksum of the names, which mixes the classes and is the same everywhere.
+      `DATA_DIR/CLASS/*`. In the second case every tenth image, in the order of class and name and
+      from the first on, is a test image. The class directories in the order of their names have the
+      labels 0, 1, ...; for ImageNet's synsets this is the usual numbering. Directories within those
+      of the classes are searched too; a file is an image if its name ends in one of `SUFFIXES`.
+      Each split is ordered by a checksum of the names, which mixes the classes and is the same on
+      every machine.
 
     Args:
       name: one of `STREAMED_SOURCES`.
       data_dir: TFDS's directory (None: `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`), or the
         folder itself.
-      train_limit, test_limit: keep only the first so many images, a fair sample since both orders
+      train_limit, test_limit: keep only the first so many images, a random sample since both orders
         are shuffled; None, or more than there are, keeps all.
 
     Raises:
       ValueError: unknown name, or a limit that is not positive.
-      DataError: the data are not there or not in this layout, or a package to read them is missing.
+      DataError: the data are missing or not in this layout, or a package to read them is missing.
     """
     if name not in STREAMED_SOURCES:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(STREAMED_SOURCES)}")
@@ -118,7 +119,7 @@ def open_images(
                 f"{limit}"
             )
     if name == "imagenet2012":
-        directory = _imagenet_directory(datasets.data_directory(data_dir))
+        directory = _imagenet_directory(data_directory(data_dir))
         train, test = (TfdsImages(str(directory), split) for split in ("train", "validation"))
         num_classes, origin = train.num_classes, f"TFDS {directory.name}"
     else:
@@ -148,8 +149,8 @@ class FolderImages:
 
     Attributes:
       folder: what the paths are relative to.
-      paths: `(n,)` of NumPy's bytes, the file system's own encoding: a million names take 40 MB, as
-        strings thrice that.
+      paths: `(n,)` of NumPy's bytes, in the encoding of the file system; a million names take 40
+        MB, a third of what strings take.
       labels: int32 `(n,)`.
       limit: keep only the first so many.
     """
@@ -164,7 +165,7 @@ class FolderImages:
         return min(len(self.paths), self.limit or len(self.paths))
 
     def __getitem__(self, row: int) -> EncodedImage:
-        """Reads a file; UnreadableError where that fails."""
+        """Reads a file; raises UnreadableError where that fails."""
         name = os.fsdecode(bytes(self.paths[row]))
         try:
             return EncodedImage(name, Path(self.folder, name).read_bytes(), int(self.labels[row]))
@@ -174,11 +175,11 @@ class FolderImages:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImages:
-    """A split that TFDS prepared as array_record, its images left encoded.
+    """A split that TFDS prepared as array_record. Its images stay encoded.
 
     Attributes:
-      directory: that of the version, with the files.
-      split: TFDS's name of it.
+      directory: the directory of the version, which holds the files.
+      split: TFDS's name of the split.
       limit: keep only the first so many.
     """
 
@@ -191,7 +192,7 @@ class TfdsImages:
         return min(len(self._records), self.limit or len(self._records))
 
     def __getitem__(self, row: int) -> EncodedImage:
-        """Reads a record; UnreadableError where that fails."""
+        """Reads a record; raises UnreadableError where that fails."""
         try:
             record = self._records[row]
         except (OSError, RuntimeError, ValueError, LookupError) as error:
@@ -211,7 +212,7 @@ class TfdsImages:
 
     @property
     def _records(self) -> Any:
-        # Kept where no pickle takes it along: open files and TFDS's readers are each process's own.
+        # Not an attribute, so that it is not pickled: each process has its own open files.
         key = (self.directory, self.split)
         if key not in _open_records:
             import tensorflow_datasets as tfds
@@ -232,12 +233,11 @@ class TfdsImages:
                 f"importlib_resources` ({error})"
             ) from error
         try:
-            return take(tfds.builder_from_directory(self.directory))  # never looks at the network
+            return take(tfds.builder_from_directory(self.directory))  # never uses the network
         except (OSError, RuntimeError, ValueError, LookupError) as error:
             raise DataError(
                 f"imagenet2012 in {self.directory} cannot be read ({type(error).__name__}: "
-                f"{error}): prepare it again,"
-                " or use --config.data.name=image_folder"
+                f"{error}): prepare it again, or use --config.data.name=image_folder"
             ) from error
 
 
@@ -245,20 +245,18 @@ _open_records: dict[tuple[str, str], Any] = {}
 
 
 def _imagenet_directory(root: Path) -> Path:
-    versions = datasets.prepared_versions("imagenet2012", root)
+    versions = prepared_versions("imagenet2012", root)
     for folder in versions:
-        if datasets.has_splits(folder, "imagenet2012", ("train", "validation")):
+        if has_splits(folder, "imagenet2012", ("train", "validation")):
             return folder
     found = (
         f"{versions[0]} lacks" if versions else f"{root / 'imagenet2012' / IMAGENET_VERSION} has no"
     )
     raise DataError(
         f"{found} imagenet2012-train.array_record* and imagenet2012-validation.array_record* "
-        f"files: prepare them with"
-        " TFDS from the archives of image-net.org (`file_format='array_record'`), or give unpacked "
-        "images as"
-        " --config.data.name=image_folder with a --data_dir that holds train/CLASS/* and "
-        "val/CLASS/*"
+        "files: prepare them with TFDS from the archives of image-net.org "
+        "(`file_format='array_record'`), or use unpacked images with "
+        "--config.data.name=image_folder and a --data_dir that holds train/CLASS/* and val/CLASS/*"
     )
 
 
@@ -266,7 +264,7 @@ def _folder_splits(folder: Path) -> tuple[FolderImages, FolderImages, int]:
     if not folder.is_dir():
         raise DataError(
             f"the image folder {folder} is not there: --data_dir must hold a directory of images "
-            f"per class"
+            "per class"
         )
     train_folder = folder / TRAINING_FOLDER
     if train_folder.is_dir():
@@ -295,8 +293,7 @@ def _folder_splits(folder: Path) -> tuple[FolderImages, FolderImages, int]:
         if not len(paths):
             raise DataError(
                 f"{part} has no images{' to spare for testing' * (part == folder)}: it must hold a "
-                f"directory for each"
-                f" class, with files named *{', *'.join(SUFFIXES)}"
+                f"directory for each class, with files named *{', *'.join(SUFFIXES)}"
             )
     return _mixed(train_folder, *train), _mixed(test_folder, *test), len(classes)
 
@@ -310,7 +307,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the paths below a folder, sorted within each class, and their labels."""
+    """Returns the paths of the images in a folder, sorted within each class, and their labels."""
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = [
@@ -325,6 +322,6 @@ def _listed(folder: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(folder: Path, paths: np.ndarray, labels: np.ndarray) -> FolderImages:
-    # Not a random generator's order, which may change with NumPy's version.
+    # Not the order of a random generator, which may change with NumPy's version.
     order = np.argsort([zlib.crc32(path) for path in paths.tolist()], kind="stable")
     return FolderImages(str(folder.absolute()), paths[order], labels[order])

@@ -1,8 +1,7 @@
-"""Where a run's examples come from: a data set in memory, or image files that are decoded while the
-net trains.
+"""The examples of a run: a data set in memory, or image files that are decoded during training.
 
-Both offer the same: `description`, `num_classes`, `num_train`, `training`, `test_examples` and
-`compile_fn`.
+Both classes have the same attributes: `description`, `num_classes`, `num_train`, `training`,
+`test_examples` and `compile_fn`.
 """
 
 import contextlib
@@ -15,18 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dd_jax import data, parallel
-from dd_jax.data import DataSet, EncodedDataSet, Preprocessing
-from dd_jax.data.batches import Examples, in_memory
+from dd_jax.data import Batch, DataSet, EncodedDataSet, Examples, Preprocessing, in_memory
 
-Batch = Mapping[str, np.ndarray]
 BatchOfStep = Callable[[int], Batch]
 COLOR_RANGE = (0, 255)
 MOST_NAMED = 5  # Of the images that cannot be decoded.
 
 
 def left_out(failures: Mapping[str, str]) -> str:
-    """The sentence for test images that could not be decoded (name to reason): how many, and the
-    first of them.
+    """Returns the sentence that reports test images that could not be decoded (name to reason):
+    their number, and the first of them.
     """
     first = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MOST_NAMED])
     more = f" and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
@@ -35,23 +32,30 @@ def left_out(failures: Mapping[str, str]) -> str:
 
 
 class InMemory(NamedTuple):
-    """A small data set, preprocessed once. Inputs are float32, in units of 1/255 of a pixel's
-    range.
+    """A data set in memory that is preprocessed once.
+
+    Attributes:
+      data: the images before preprocessing, and their labels.
+      train_inputs, test_inputs: inputs of the net, float32 `(n, h, w, c)`.
+      flip, crop_padding, padding_value: augmentation of training batches, as in
+        `data.training_batch`. `data.value_of_black` returns the padding value of a preprocessing.
     """
 
     data: DataSet
     train_inputs: np.ndarray
     test_inputs: np.ndarray
     flip: bool
+    crop_padding: int = 0
+    padding_value: float | np.ndarray = 0.0
 
     @property
     def description(self) -> str:
-        """One line for reports."""
+        """Name and size of the data set, one line for reports."""
         return self.data.description
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes; labels are in `[0, num_classes)`."""
         return self.data.num_classes
 
     @property
@@ -62,7 +66,7 @@ class InMemory(NamedTuple):
     def training(
         self, *, batch_size: int, num_steps: int, seed: int
     ) -> AbstractContextManager[BatchOfStep]:
-        """The batch of any step, this process's share of it."""
+        """Returns a context that gives the batch of any step, this process's share of it."""
 
         def batch_of_step(step: int) -> Batch:
             return parallel.share_of(
@@ -73,23 +77,31 @@ class InMemory(NamedTuple):
                     seed=seed,
                     step=step,
                     flip=self.flip,
+                    crop_padding=self.crop_padding,
+                    padding_value=self.padding_value,
                 )
             )
 
         return contextlib.nullcontext(batch_of_step)
 
     def test_examples(self) -> Examples:
-        """What to measure on."""
+        """Returns the test examples."""
         return in_memory(self.test_inputs, self.data.test_labels)
 
     def compile_fn(self) -> Callable:
-        """How measurements are shared among devices: every process has the whole batch."""
+        """Returns how measurements are divided among devices: every process has the whole batch."""
         return parallel.sums_and_rows
 
 
 class Streamed(NamedTuple):
-    """Image files. `crop_size`: the side of the net's input; `num_workers`: processes that
-    decode.
+    """A data set of image files that are decoded while the net trains.
+
+    Attributes:
+      data: the files and their labels.
+      preprocessing: from pixels to the net's input space.
+      crop_size: the side of the net's input, in pixels.
+      flip: mirror training images with probability 1/2.
+      num_workers: number of processes that decode.
     """
 
     data: EncodedDataSet
@@ -100,12 +112,12 @@ class Streamed(NamedTuple):
 
     @property
     def description(self) -> str:
-        """One line for reports."""
+        """Name and size of the data set, one line for reports."""
         return self.data.description
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes; labels are in `[0, num_classes)`."""
         return self.data.num_classes
 
     @property
@@ -116,14 +128,16 @@ class Streamed(NamedTuple):
     def training(
         self, *, batch_size: int, num_steps: int, seed: int
     ) -> AbstractContextManager[BatchOfStep]:
-        """The batch of any step, this process's share of it; asked for in order they are prepared
-        ahead.
+        """Returns a context that gives the batch of any step, this process's share of it. Batches
+        that are asked for in order are prepared ahead.
         """
         options = dict(batch_size=batch_size, num_steps=num_steps, seed=seed, flip=self.flip)
         return data.training_stream(self.data.train, **options, **self._options())
 
     def test_examples(self) -> Examples:
-        """What to measure on: the images' centers. Every process reads its own share of a batch."""
+        """Returns the test examples, the centers of the images. Every process reads its own share
+        of a batch.
+        """
 
         def batches(count: int, batch_size: int) -> Iterator[Batch]:
             images = dataclasses.replace(self.data.test, limit=count)
@@ -141,7 +155,9 @@ class Streamed(NamedTuple):
         return Examples(len(self.data.test), (self.crop_size, self.crop_size, 3), batches, limits)
 
     def compile_fn(self) -> Callable:
-        """How measurements are shared among devices: every process has its share of the batch."""
+        """Returns how measurements are divided among devices: every process has its share of the
+        batch.
+        """
         return parallel.sums_over_shares
 
     def _options(self) -> dict[str, Any]:

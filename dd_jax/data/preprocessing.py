@@ -1,8 +1,8 @@
 """The paper's input spaces: from uint8 pixels to the float32 inputs of the network.
 
-A perturbation, its size, and rho mean something only together with the space they are measured in,
-so a run saves its `Preprocessing` and measures with that very one again. Everything is fitted on
-training images alone.
+The size of a perturbation and rho have a meaning only together with the space in which they are
+measured. A run therefore saves its `Preprocessing` and uses the saved one in later measurements.
+Everything is fitted on training images alone.
 """
 
 import os
@@ -27,18 +27,17 @@ DESCRIPTIONS = {
     "deviations",
 }
 PREPROCESSINGS = tuple(DESCRIPTIONS)
-# Gray levels to a unit of the input: ||perturbation||_2 in the input space then is the paper's l_2
-# as it stands.
+# Gray levels to a unit of the input. ||perturbation||_2 in the input space then equals the paper's
+# l_2.
 PIXEL_SCALE = np.float32(255)
 # cnn_cifar.m: an image of a lower standard deviation (gray levels) counts as flat, and its noise is
-# not blown up.
+# not amplified.
 LOWEST_CONTRAST = np.float32(40)
 # cnn_cifar.m floors the roots of the eigenvalues at 10 gray levels, but of a covariance that it
 # divides by all 60,000 images although it sums only the 50,000 for training. With the true
 # covariance that is this floor (and no other difference: the scale cancels everywhere else).
 EIGENVALUE_ROOT_FLOOR = 10 * np.sqrt(60_000 / 50_000)
-# Those that have constants of their own: `Preprocessing(name)` is complete, no training images are
-# needed.
+# Those with fixed constants: `Preprocessing(name)` is complete, and no training images are needed.
 UNFITTED = ("none", "caffe", "torchvision")
 # Gray levels, in the order of the net's channels: https://github.com/BVLC/caffe,
 # models/bvlc_alexnet (the mean of imagenet_mean.binaryproto over the pixels: blue, green, red), and
@@ -53,8 +52,7 @@ VALUES_PER_CHUNK = IMAGES_PER_CHUNK * 32 * 32 * 3
 
 
 class Preprocessing(NamedTuple):
-    """A fitted map from uint8 images to float32 inputs; a plain container, which `save` and `load`
-    keep in a file.
+    """A fitted map from uint8 images to float32 inputs, which can be saved in a file.
 
     Attributes:
       name: one of `PREPROCESSINGS`.
@@ -75,16 +73,16 @@ class Preprocessing(NamedTuple):
         0.
 
         Raises:
-          ValueError: images that are not uint8, or of another shape than those it was fitted on;
-            other than three channels for "caffe" and "torchvision".
+          ValueError: images that are not uint8, that have another shape than those it was fitted
+            on, or that have not three channels for "caffe" and "torchvision".
         """
         _check_images(images)
         _check_colors(self.name, images)
         if self.mean_image is not None and images.shape[1:] != self.mean_image.shape:
             raise ValueError(
                 f"the preprocessing {self.name!r} was fitted on images of shape "
-                f"{self.mean_image.shape}, got images of"
-                f" shape {images.shape[1:]}: fit it on training images of this shape"
+                f"{self.mean_image.shape}, got images of shape {images.shape[1:]}: fit it on "
+                "training images of this shape"
             )
         inputs = np.empty(images.shape, np.float32)
         images_per_chunk = min(
@@ -97,12 +95,14 @@ class Preprocessing(NamedTuple):
 
     @property
     def description(self) -> str:
-        """One line for a report: what was done to the pixels, and the unit."""
+        """One line for a report: the steps of the preprocessing, and the unit of its inputs."""
         unit = "0..255 becomes 0..1" + " before the division" * (self.name == "torchvision")
         return f"{self.name} ({DESCRIPTIONS[self.name]}; {unit})"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an .npz file, whole or not at all: 38 MB for whitened CIFAR-10, a few kB else."""
+        """Writes an .npz file, completely or not at all: 38 MB for whitened CIFAR-10, a few kB
+        otherwise.
+        """
         arrays = {key: value for key, value in self._asdict().items() if value is not None}
         path = pathlib.Path(path)
         partial = path.with_name(path.name + ".partial")
@@ -113,7 +113,7 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Preprocessing":
-        """Reads what `save` wrote; the result maps images to exactly the same inputs.
+        """Reads a file that `save` wrote. The result maps images to exactly the same inputs.
 
         Raises:
           FileNotFoundError: no such file.
@@ -164,13 +164,13 @@ def fit(name: str, train_images: Images) -> Preprocessing:
           C   = (1/n) sum_i z_i z_i^T = V diag(lambda) V^T            z is not centered again
           x'_i = V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T z_i / 255
 
-      so that whitening keeps the mean energy `trace(C)/d` where no eigenvalue is below the floor.
-      Steps and order are those of MatConvNet's `examples/cifar/cnn_cifar.m` (all but the 255). Its
-      floor of 10 belongs to a covariance that is scaled by 50,000/60,000, which makes `floor = 10
-      sqrt(6/5)` here. One thing differs: its mean of the standard deviations takes in the test
+      Whitening keeps the mean energy `trace(C)/d` where no eigenvalue is below the floor. The steps
+      and their order are those of MatConvNet's `examples/cifar/cnn_cifar.m`, but for the 255. Its
+      floor of 10 belongs to a covariance that is scaled by 50,000/60,000, so that here `floor = 10
+      sqrt(6/5)`. One difference remains: its mean of the standard deviations includes the test
       images, this one does not (on CIFAR-10 a factor within 0.02 % of 1).
 
-    Sums over images and the eigenvectors are float64; the arrays kept are float32.
+    Sums over images and the eigenvectors are float64; the arrays that are kept are float32.
 
     Args:
       name: one of `PREPROCESSINGS`.
@@ -178,8 +178,8 @@ def fit(name: str, train_images: Images) -> Preprocessing:
         by "contrast_whiten" unless the mean image tells them apart.
 
     Raises:
-      ValueError: unknown name, images that are not uint8 of rank 4, none at all, or of a number of
-        channels that the preprocessing has no constants for.
+      ValueError: unknown name, images that are not uint8 of rank 4, no images, or a number of
+        channels for which the preprocessing has no constants.
     """
     if name not in PREPROCESSINGS:
         raise ValueError(
@@ -209,12 +209,12 @@ def fit(name: str, train_images: Images) -> Preprocessing:
 
 
 def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the least and the greatest input that a pixel can become, or None where they are not
-    one by one.
+    """Returns the least and the greatest input of each pixel, or None for "contrast_whiten", which
+    mixes the pixels.
 
-    "none" has the bounds 0 and 1, of shape `()`; "mean_image" has `-mean/255` and `1 - mean/255`,
-    float32 of shape `(1, h, w, c)` that broadcasts against a batch; "caffe" and "torchvision" what
-    black and white become, `(1, 1, 1, 3)`; whitening mixes the pixels, and has none.
+    "none" has the bounds 0 and 1, of shape `()`. "mean_image" has `-mean/255` and `1 - mean/255`,
+    float32 of shape `(1, h, w, c)` that broadcasts against a batch. "caffe" and "torchvision" have
+    the inputs of black and white, `(1, 1, 1, 3)`.
     """
     if preprocessing.name == "contrast_whiten":
         return None
@@ -226,11 +226,24 @@ def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None
     return (0 - mean_image) / PIXEL_SCALE, (PIXEL_SCALE - mean_image) / PIXEL_SCALE
 
 
-def make_to_images(preprocessing: Preprocessing) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Returns the way back from inputs `(n, h, w, c)` to images in RGB with 0..1 for black..white,
-    or None with `bounds`.
+def value_of_black(preprocessing: Preprocessing) -> np.ndarray:
+    """Returns the input of a black pixel where it is the same everywhere in the image, else zero;
+    the margin of padded random crops.
 
-    What a perturbation has led out of the bounds is led out of 0..1.
+    "none" gives 0 of shape `()`; "caffe" and "torchvision" give a color, `(1, 1, 1, 3)`, so that
+    padding inputs equals padding the images with black. "mean_image" has no mean outside the image,
+    and "contrast_whiten" mixes the pixels; both give 0, the value of the mean training image.
+    """
+    if preprocessing.name in UNFITTED:
+        return bounds(preprocessing)[0]
+    return np.zeros((), np.float32)
+
+
+def make_to_images(preprocessing: Preprocessing) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns the inverse map, from inputs `(n, h, w, c)` to images in RGB with 0..1 for
+    black..white, or None where `bounds` is None.
+
+    Inputs outside of the bounds become values outside of 0..1.
     """
     limits = bounds(preprocessing)
     if limits is None:
@@ -253,8 +266,8 @@ def _normalized_contrast(images: Images, mean_image: np.ndarray) -> tuple[np.nda
 
 
 def _by_color(operation: np.ufunc, images: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """Returns `operation(images, color)`, in rows of pixels: NumPy takes three times as long for
-    steps of three values.
+    """Returns `operation(images, color)`, computed in rows of pixels: NumPy takes three times as
+    long for an inner axis of three values.
     """
     rows = images.reshape(*images.shape[:2], -1)
     return operation(rows, np.tile(color, images.shape[2])).reshape(images.shape)
@@ -287,6 +300,5 @@ def _check_colors(name: str, images: np.ndarray) -> None:
     if name in ("caffe", "torchvision") and images.shape[-1] != 3:
         raise ValueError(
             f"the preprocessing {name!r} is for images of three channels, got {images.shape[-1]}: "
-            f'use "none" or'
-            ' "mean_image"'
+            'use "none" or "mean_image"'
         )

@@ -4,21 +4,21 @@
     preprocessing = data.Preprocessing("torchvision")
     options = dict(crop_size=224, batch_size=256, preprocessing=preprocessing, num_workers=16)
     with data.training_stream(images.train, num_steps=50_000, seed=0, **options) as stream:
-        batch = stream(step)                  # {"image", "label", "mask"}; the next is prepared
-        pace = stream.pace()                  # how long the last steps waited for their images
+        batch = stream(step)                  # {"image", "label", "mask"}; prepares the next ones
+        pace = stream.pace()                  # images per second, and the time spent waiting
     with data.evaluation_stream(images.test, **options) as stream:
         for batch in stream: ...
 
-A batch is a pure function of the seed and its number, whatever the workers: the position in the
-data IS the step, as in `batches`. Of several processes each makes its own rows of the same global
-batch.
+A batch is a pure function of the seed and its number and does not depend on the workers: as in
+`batches`, the step is the position in the data. Each of several processes makes its own rows of the
+same global batch.
 
-An image that cannot be decoded leaves its place in the batch empty (zeros, label 0, mask 0) and its
-name in `stream.failures`.
+Where an image cannot be decoded, its row of the batch is empty (zeros, label 0, mask 0), and
+`stream.failures` has its name.
 
-Grain runs the workers. They are started afresh ("spawn"), import what the program's main module
-imports (guard it with `if __name__ == "__main__"`), JAX included, but start no XLA backend and hold
-no accelerator.
+Grain runs the workers. They are new processes ("spawn") that import what the program's main module
+imports, JAX included (guard that module with `if __name__ == "__main__"`). They start no XLA
+backend and hold no accelerator.
 """
 
 import dataclasses
@@ -33,37 +33,36 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dd_jax.data import decoding as decoding
+from dd_jax.data import decoding
 from dd_jax.data.batches import Batch, steps_per_epoch
-from dd_jax.data.datasets import DataError
+from dd_jax.data.catalog import DataError
 from dd_jax.data.image_batches import BatchSource
 from dd_jax.data.image_files import EncodedImages
 from dd_jax.data.preprocessing import Preprocessing
 
-# Without a single one that can be decoded among the first so many images, the data are taken to be
-# something else.
+# If none of the first so many images can be decoded, the data are taken not to be images.
 IMAGES_BEFORE_GIVING_UP = 100
-# Finished batches that wait in each worker, and again in the main process, beside the one in the
-# making.
+# Finished batches that wait in each worker, and again in the main process, besides the one that is
+# being made.
 BATCHES_WAITING = 1
-# Batches that a worker may have made and nobody has taken yet: in the making, waiting twice, and
-# about to be handed on.
+# Batches of one worker that may exist at once: one that is being made, those that wait in both
+# places, and one that is being transferred.
 MOST_BATCHES_PER_WORKER = 2 * BATCHES_WAITING + 2
-# Pixels come through shared memory, what is smaller than this many bytes through pipes. A worker
-# that died while it wrote a whole batch to a pipe would leave the main process waiting for the
-# rest.
+# Arrays of at least this many bytes, the pixels, are transferred through shared memory, the others
+# through pipes. If a worker died while it wrote a whole batch to a pipe, the main process would
+# wait for the rest forever.
 SMALLEST_SHARED = 2**14
 SHARED_MEMORY = "/dev/shm"
 
 
 class Pace(NamedTuple):
-    """How fast images came and were used, over the batches since the last call of `pace`.
+    """The speed of the input, over the batches since the last call of `pace`.
 
     Attributes:
-      images_per_second: used, by this process: decoded images over the time that passed.
-      pipeline_images_per_second: what the workers could deliver if nobody paused: images over the
-        seconds they worked for them, times the number of workers. Close to `images_per_second`
-        where the input is what holds a run up.
+      images_per_second: decoded images that this process received, per second of elapsed time.
+      pipeline_images_per_second: the most that the workers could deliver: images per second of
+        work, times the number of workers. It is close to `images_per_second` where the input is the
+        bottleneck.
       waiting: the share of the time, 0..1, that the consumer waited for a batch.
     """
 
@@ -87,36 +86,38 @@ def training_stream(
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> "BatchStream":
-    """Returns the batches of the steps 0 to `num_steps` - 1, shuffled, each image cropped at
-    random.
+    """Returns the batches of the steps 0 to `num_steps` - 1, shuffled, with a random crop of each
+    image.
 
-    The order is that of `batches.training_batch`: a fresh permutation in each epoch, without the
-    incomplete last batch. The crop and its mirroring depend on the seed, the epoch and the image's
-    row alone.
+    The order is that of `batches.training_batch`: a new permutation in each epoch, without the
+    incomplete last batch. The crop and its mirroring depend only on the seed, the epoch and the
+    image's row.
 
     Args:
-      images: n of them.
+      images: n image files.
       crop_size: the side of the net's input, at most `short_side`.
-      batch_size: b, the global one: over all processes, at most n.
-      num_steps: nothing is prepared beyond it.
+      batch_size: b, the number of images over all processes, at most n.
+      num_steps: number of batches.
       seed: not negative.
       preprocessing: applied in this process, in a thread beside the training; None leaves the
         pixels uint8.
       flip: mirror an image with probability 1/2.
-      short_side, interpolation: as in `images.resized`.
-      num_workers: processes that prepare batches, a whole one each; 0 prepares each when it is
-        asked for.
-      shard_index, num_shards: this process, of how many. Process i gets the rows from `i * b /
-        num_shards` on.
+      short_side, interpolation: as in `decoding.resized`.
+      num_workers: number of processes that prepare batches; each prepares whole batches. With 0,
+        this process prepares a batch when it is asked for.
+      shard_index, num_shards: number of this process, and of all processes. Process i gets the rows
+        from `i * b / num_shards` on.
 
     Raises:
-      ValueError: sizes or numbers that do not fit together.
+      ValueError: a negative seed or number of steps, a batch size that is greater than n or not a
+        multiple of the number of processes, a crop size that is greater than `short_side`, or an
+        unknown interpolation.
     """
     if seed < 0 or num_steps < 0:
         raise ValueError(
             f"seed and num_steps must not be negative, got seed {seed} and num_steps {num_steps}"
         )
-    steps_per_epoch(len(images), batch_size)  # refuses what makes no batch
+    steps_per_epoch(len(images), batch_size)  # raises where there is no full batch
     pixels = (crop_size, short_side, interpolation)
     source = BatchSource(
         images,
@@ -144,15 +145,14 @@ def evaluation_stream(
     shard_index: int = 0,
     num_shards: int = 1,
 ) -> "BatchStream":
-    """Returns all images in order, their centers, in batches of one shape; no image is left out or
-    comes twice.
+    """Returns the centers of all images in order, each exactly once, in batches of one shape.
 
-    The last batch is filled up with empty places. Every process gets as many batches as every
-    other, if need be with nothing in them. Arguments as for `training_stream`; `batch_size` may
-    exceed the number of images.
+    The last batch is filled with empty rows. All processes get the same number of batches; some of
+    them may be empty. Arguments are as for `training_stream`; `batch_size` may exceed the number of
+    images.
 
     Raises:
-      ValueError: sizes or numbers that do not fit together.
+      ValueError: as `training_stream`.
     """
     num_batches = -(-len(images) // max(batch_size, 1))
     pixels = (crop_size, short_side, interpolation)
@@ -163,14 +163,14 @@ def evaluation_stream(
 
 
 class BatchStream:
-    """Batches by their number. Use as a context manager, or call `close`; it opens again where a
-    batch is asked for.
+    """Batches by their number. Use it as a context manager, or call `close`; after that, asking for
+    a batch opens it again.
 
-    Asked for in order, batches are prepared ahead by the workers. Any other number starts the
-    workers anew, which takes seconds; a run that goes on at step s simply asks for batch s first.
+    Workers prepare batches ahead that are asked for in order. Any other number restarts the
+    workers, which takes seconds; a run that resumes at step s asks for batch s first.
 
     Attributes:
-      failures: the images that could not be decoded so far, in this process's part: name to reason.
+      failures: the images of this process that could not be decoded so far, name to reason.
     """
 
     def __init__(self, source: BatchSource, num_workers: int):
@@ -192,12 +192,12 @@ class BatchStream:
         return map(self, range(len(self)))
 
     def __call__(self, number: int) -> Batch:
-        """Returns a batch: image `(b, h, w, 3)`, label int32 `(b,)`, mask float32 `(b,)`; b is this
-        process's share.
+        """Returns a batch: image `(b, h, w, 3)`, label int32 `(b,)`, mask float32 `(b,)`; b is the
+        number of rows of this process.
 
         Raises:
           IndexError: no such batch.
-          DataError: not one of the first images could be decoded, or a worker died.
+          DataError: none of the first images could be decoded, or a worker died.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"there is no batch {number}: they are numbered 0 to {len(self) - 1}")
@@ -219,15 +219,12 @@ class BatchStream:
             name, reason = next(iter(self.failures.items()))
             raise DataError(
                 f"none of the first {self._num_failed} images could be decoded ({name}: {reason}): "
-                f"the data must be"
-                f" files of the formats {', '.join(decoding.FORMATS)}"
+                f"the data must be files of the formats {', '.join(decoding.FORMATS)}"
             )
         return made
 
     def pace(self) -> Pace:
-        """Returns how fast images came and were used since the last call, or since the
-        beginning.
-        """
+        """Returns the speed of the input since the last call, or since the beginning."""
         passed = max(time.perf_counter() - self._since, 1e-9)
         per_second = self._num_images / max(self._seconds_working, 1e-9) * max(self._num_workers, 1)
         pace = Pace(self._num_images / passed, per_second, self._seconds_waiting / passed)
@@ -239,7 +236,7 @@ class BatchStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
-            # Grain's frames keep the last batches, and with them shared memory, in circles
+            # Reference cycles in Grain keep the last batches, and with them shared memory
             gc.collect()
 
     def __enter__(self) -> "BatchStream":
@@ -275,10 +272,10 @@ def _started(source: BatchSource, first: int, num_workers: int) -> Iterator[dict
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        # Grain reads settings of its own, which fails in programs that use argparse
+        # Grain reads flags of its own, which fails in programs that use argparse
         flags.FLAGS.mark_as_parsed()
     _check_shared_memory(source, num_workers)
-    # The workers hold the source only: the preprocessing may be large, and works here.
+    # Workers get the source without the preprocessing, which may be large and runs here.
     batches = grain.MapDataset.source(dataclasses.replace(source, preprocessing=None)).slice(
         slice(first, None)
     )
@@ -295,7 +292,9 @@ def _started(source: BatchSource, first: int, num_workers: int) -> Iterator[dict
 
 
 def _check_shared_memory(source: BatchSource, num_workers: int) -> None:
-    """A worker that finds no room there would be killed without a word."""
+    """Raises DataError where shared memory is too small; a worker would be killed without a
+    message.
+    """
     if not os.path.isdir(SHARED_MEMORY):
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -305,15 +304,14 @@ def _check_shared_memory(source: BatchSource, num_workers: int) -> None:
     if needed > free:
         raise DataError(
             f"{num_workers} input workers need {needed / 1e6:.0f} MB of {SHARED_MEMORY}, where "
-            f"{free / 1e6:.0f} MB are free:"
-            " choose a smaller num_workers or batch_size, or give the container more (docker run "
-            "--shm-size)"
+            f"{free / 1e6:.0f} MB are free: choose a smaller num_workers or batch_size, or give "
+            "the container more (docker run --shm-size)"
         )
 
 
 def _prepare_worker(worker: int, num_workers: int) -> None:
-    """What a worker does first. Signals to end are the main process's to heed; the worker ends with
-    it.
+    """Sets up a worker: it ignores SIGINT and SIGTERM, which the main process handles, and ends
+    with the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -322,5 +320,5 @@ def _prepare_worker(worker: int, num_workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns even where the parent was killed with kill -9
+    multiprocessing.parent_process().join()  # returns also after kill -9 of the parent
     os._exit(1)
