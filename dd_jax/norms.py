@@ -2,6 +2,7 @@
 bounds of inputs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -12,16 +13,23 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
+"""What most attacks take."""
+LpNorm = Literal["l1", "l2", "linf"]
+LP_NORMS: tuple[str, ...] = get_args(LpNorm)
+"""What the functions of this module take, unless they say otherwise, and the attacks that say
+so.
+"""
+DUALS: dict[str, LpNorm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 Bounds = Sequence[ArrayLike]
 """(lower, upper), each a number, or an array that broadcasts to one example, with or without a
 leading axis of size 1.
 """
 
 
-def check_norm(norm: str) -> None:
-    """Raises ValueError unless `norm` is one that the attacks know."""
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(map(repr, NORMS))}.")
+def check_norm(norm: str, allowed: Sequence[str] = NORMS) -> None:
+    """Raises ValueError unless `norm` is one of those that the caller has implemented."""
+    if norm not in allowed:
+        raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 def _trailing(x: Array, num_leading: int) -> tuple[int, ...]:
@@ -29,14 +37,17 @@ def _trailing(x: Array, num_leading: int) -> tuple[int, ...]:
 
 
 def lp_norm(
-    x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1
+    x: Float[Array, "batch ..."], norm: LpNorm, *, num_leading: int = 1
 ) -> Float[Array, "..."]:
     """||x||_p over all axes but the first `num_leading`.
 
-    "l2" is the square root of the sum of squares; its gradient at zero is zero, not NaN. "linf" is
-    the largest absolute value; its gradient is shared evenly among ties, as `jnp.max` does.
+    "l1" is the sum of the absolute values. "l2" is the square root of the sum of squares; its
+    gradient at zero is zero, not NaN. "linf" is the largest absolute value; its gradient is shared
+    evenly among ties, as `jnp.max` does.
     """
-    check_norm(norm)
+    check_norm(norm, LP_NORMS)
+    if norm == "l1":
+        return jnp.sum(jnp.abs(x), axis=_trailing(x, num_leading))
     if norm == "linf":
         return jnp.max(jnp.abs(x), axis=_trailing(x, num_leading))
     squares = jnp.sum(jnp.square(x), axis=_trailing(x, num_leading))
@@ -45,19 +56,19 @@ def lp_norm(
 
 
 def dual_norm(
-    x: Float[Array, "batch ..."], norm: Norm, *, num_leading: int = 1
+    x: Float[Array, "batch ..."], norm: LpNorm, *, num_leading: int = 1
 ) -> Float[Array, "..."]:
     """||x||_q with 1/p + 1/q = 1, a gradient's norm where perturbations are measured in lp: l2 for
-    l2, l1 for linf.
+    l2, l1 for linf, linf for l1.
     """
-    check_norm(norm)
-    if norm == "linf":
-        return jnp.sum(jnp.abs(x), axis=_trailing(x, num_leading))
-    return lp_norm(x, norm, num_leading=num_leading)
+    check_norm(norm, LP_NORMS)
+    return lp_norm(x, DUALS[norm], num_leading=num_leading)
 
 
 def relative_norm(
-    perturbation: Float[Array, "batch ..."], inputs: Float[Array, "batch ..."], norm: Norm = "l2"
+    perturbation: Float[Array, "batch ..."],
+    inputs: Float[Array, "batch ..."],
+    norm: LpNorm = "l2",
 ) -> Float[Array, " batch"]:
     """rho = ||perturbation||_p / ||inputs||_p, one number per example; the loss and the metrics
     both use it.
@@ -80,7 +91,7 @@ def steepest_direction(
     gradient: Float[Array, "batch ..."], norm: Norm
 ) -> Float[Array, "batch ..."]:
     """argmax <gradient, r> over ||r||_p <= 1: gradient / ||gradient||_2 for l2, sign(gradient) for
-    linf.
+    linf; l1 is not implemented.
 
     Zero where the gradient is. What it gains is the dual norm. Gradients may be so small or large
     that their squares are not floats.
@@ -95,27 +106,46 @@ def steepest_direction(
 
 
 def project(
-    x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
+    x: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: LpNorm
 ) -> Float[Array, "batch ..."]:
-    """The nearest point of the lp ball of that radius around zero, example by example.
+    """The point of the lp ball of that radius around zero that is nearest in l2, example by
+    example.
 
-    Never outside by rounding: the l2 ball is taken smaller by sqrt(size of an example) units of the
-    dtype's precision, which is more than summing the squares in another order makes.
+    Never outside by rounding: the l1 and l2 balls are taken smaller by sqrt(size of an example)
+    units of the dtype's precision, which is more than summing in another order makes.
     """
-    check_norm(norm)
+    check_norm(norm, LP_NORMS)
+    if norm == "l1":
+        x = _lower_to_l1_ball(x, radius)
     radius = per_example(radius, x)
     if norm == "linf":
         return jnp.clip(x, -radius, radius)
-    radius = radius * (1 - (x.size // x.shape[0]) ** 0.5 * jnp.finfo(x.dtype).eps)
-    size = per_example(lp_norm(x, "l2"), x)
+    radius = radius * (1 - math.prod(x.shape[1:]) ** 0.5 * jnp.finfo(x.dtype).eps)
+    size = per_example(lp_norm(x, norm), x)
     return jnp.where(size > radius, x * (radius / jnp.where(size == 0, 1, size)), x)
+
+
+def _lower_to_l1_ball(
+    x: Float[Array, "batch ..."], radius: Float[Array, " batch"]
+) -> Float[Array, "batch ..."]:
+    """sign(x) * max(|x| - t, 0) with the smallest t >= 0 that leads into the l1 ball, up to
+    rounding.
+
+    t = max_k (sum of the k largest |x| - radius) / k, as only the right k gives the maximum (Duchi,
+    Shalev-Shwartz, Singer, Chandra, ICML 2008).
+    """
+    flat = jnp.abs(x).reshape(x.shape[0], math.prod(x.shape[1:]))
+    sums = jnp.cumsum(jnp.sort(flat, axis=1, descending=True), axis=1)
+    counts = jnp.arange(1, flat.shape[1] + 1, dtype=x.dtype)
+    threshold = jnp.max((sums - radius[:, None]) / counts[None], axis=1)
+    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - per_example(jnp.maximum(threshold, 0), x), 0)
 
 
 def sample_in_ball(
     key: PRNGKeyArray, like: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
 ) -> Float[Array, "batch ..."]:
-    """A point per example, uniform in the lp ball of that radius around zero, in the shape and
-    dtype of `like`.
+    """A point per example, uniform in the l2 or linf ball of that radius around zero, in the shape
+    and dtype of `like`.
 
     With JAX's default generator it depends on the key and the example's place in the batch, not on
     the batch's size.
@@ -129,7 +159,7 @@ def sample_in_ball(
             jax.random.normal(for_direction, like.shape, like.dtype), norm
         )
         lengths = jax.random.uniform(for_length, radius.shape, like.dtype) ** (
-            like.shape[0] / like.size
+            1 / math.prod(like.shape[1:])
         )
         unit = per_example(lengths, like) * direction
     return project(per_example(radius, like) * unit, radius, norm)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dd_jax import deepfool, signed_margin
+from dd_jax.attacks import fgsm, pgd
 from dd_jax.norms import (
     check_bounds,
     check_norm,
@@ -12,14 +14,19 @@ from dd_jax.norms import (
     lp_norm,
     move_within,
     per_example,
+    project,
     relative_norm,
+    sample_in_ball,
     stay_within,
+    steepest_direction,
 )
 
 X = jnp.array([[[3.0, -4.0], [0.0, 12.0]], [[1.0, -2.0], [2.0, -4.0]]])
 
 
 def test_norms_of_unequal_entries():
+    np.testing.assert_allclose(lp_norm(X, "l1"), [19.0, 9.0])
+    np.testing.assert_allclose(dual_norm(X, "l1"), [12.0, 4.0])
     np.testing.assert_allclose(lp_norm(X, "l2"), [13.0, 5.0], rtol=1e-6)
     np.testing.assert_allclose(lp_norm(X, "linf"), [12.0, 4.0])
     np.testing.assert_allclose(dual_norm(X, "l2"), [13.0, 5.0], rtol=1e-6)
@@ -34,7 +41,12 @@ def test_two_leading_axes_stay():
 
 
 @pytest.mark.parametrize(
-    "norm, largest", [("l2", lambda w: w / jnp.sqrt((w**2).sum())), ("linf", jnp.sign)]
+    "norm, largest",
+    [
+        ("l1", lambda w: jnp.sign(w) * (jnp.abs(w) == jnp.abs(w).max())),
+        ("l2", lambda w: w / jnp.sqrt((w**2).sum())),
+        ("linf", jnp.sign),
+    ],
 )
 def test_dual_norm_is_the_most_that_a_unit_ball_gives(norm, largest):
     w = X[1:]
@@ -76,6 +88,64 @@ def test_per_example_broadcasts_over_the_rest():
 def test_an_unknown_norm_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"norm is 'l1'; it must be one of 'l2', 'linf'"):
         check_norm("l1")
+    check_norm("l1", allowed=("l1", "l2"))
+    with pytest.raises(ValueError, match=r"norm is 'linf'; it must be one of 'l1', 'l2'\."):
+        check_norm("linf", allowed=("l1", "l2"))
+
+
+def test_l1_is_refused_where_it_is_not_implemented(unchecked):
+    ones = jnp.ones((1, 2))
+    net = lambda x: x @ jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    label = jnp.array([1])
+    for call in (
+        lambda: deepfool(net, ones, norm="l1"),
+        lambda: signed_margin(net, ones, label, norm="l1"),
+        lambda: pgd(net, ones, epsilon=0.1, step_size=0.1, num_steps=1, norm="l1"),
+        lambda: fgsm(net, ones, epsilon=0.1, norm="l1"),
+        lambda: steepest_direction(ones, "l1"),
+        lambda: sample_in_ball(jax.random.key(0), ones, jnp.ones(1), "l1"),
+    ):
+        with pytest.raises(ValueError, match=r"norm is 'l1'; it must be one of 'l2', 'linf'"):
+            call()
+
+
+def test_the_projection_onto_the_l1_ball_is_the_nearest_point(x64):
+    """The optimality condition: x - P(x) is what the ball's normal cone at P(x) allows."""
+    points = jax.random.normal(jax.random.key(0), (50, 3, 4), float)
+    points = points * jnp.geomspace(0.1, 3.0, 12).reshape(1, 3, 4)
+    radius = jnp.geomspace(0.01, 50.0, 50)
+    found = jax.jit(project, static_argnames="norm")(points, radius, norm="l1")
+    size = lp_norm(found, "l1")
+    inside = lp_norm(points, "l1") <= radius
+    assert inside.any() and not inside.all()
+    np.testing.assert_array_equal(found[inside], points[inside])
+    assert (size <= radius).all()
+    np.testing.assert_allclose(size[~inside], radius[~inside], rtol=1e-13)
+    rest = (points - found)[~inside]
+    # Within a linear function's maximum over the ball: <rest, found> = radius * ||rest||_inf.
+    gain = jnp.sum(rest * found[~inside], axis=(1, 2))
+    np.testing.assert_allclose(gain, radius[~inside] * lp_norm(rest, "linf"), rtol=1e-12)
+    assert (found == 0).any(axis=(1, 2)).any()
+
+
+def test_l1_projections_with_a_zero_radius_equal_entries_and_float32():
+    points = jnp.array([[2.0, -1.0, 0.5], [1.0, 1.0, -1.0], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]])
+    found = project(points, jnp.array([0.0, 1.5, 0.0, 2.0]), "l1")
+    wanted = [[0.0, 0.0, 0.0], [0.5, 0.5, -0.5], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    many = jax.random.normal(jax.random.key(0), (20, 3072))
+    radius = jnp.geomspace(1e-3, 1e3, 20)
+    found = np.asarray(project(many, radius, "l1"), np.float64)
+    assert (np.abs(found).sum(axis=1) <= np.asarray(radius, np.float64)).all()
+    np.testing.assert_allclose(np.abs(found).sum(axis=1), radius, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_an_empty_batch_is_projected_and_sampled(norm):
+    none = jnp.zeros((0, 2, 3))
+    assert project(none, jnp.zeros(0), norm).shape == (0, 2, 3)
+    if norm != "l1":
+        assert sample_in_ball(jax.random.key(0), none, jnp.zeros(0), norm).shape == (0, 2, 3)
 
 
 # The bounds of an example's last axis, which broadcast to the examples of X.

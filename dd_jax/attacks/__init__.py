@@ -5,6 +5,9 @@
     minimal_fgsm          FGSM with each example's smallest epsilon
     fgsm_success_curve    whether FGSM fools, for many epsilons at once
     carlini_wagner_l2     a small perturbation in l2, by optimization
+    ddn                   a small perturbation in l2, by a radius that follows the boundary
+    fmn                   the same for l1, l2 and linf
+    superdeepfool         a small perturbation in l2, normal to the boundary that it crosses
 
 Each is called as `attack(logits_fn, inputs, labels, *, options)`, may be compiled with its options
 fixed, and attacks every example as if it were alone. Inputs that are misclassified already need no
@@ -12,7 +15,20 @@ perturbation and get none.
 """
 
 from dd_jax.attacks._carlini_wagner import carlini_wagner_l2
+from dd_jax.attacks._ddn import ddn
 from dd_jax.attacks._deepfool import deepfool
+from dd_jax.attacks._fmn import fmn
 from dd_jax.attacks._gradient_sign import fgsm, fgsm_success_curve, minimal_fgsm, pgd
+from dd_jax.attacks._superdeepfool import superdeepfool
 
-__all__ = ["carlini_wagner_l2", "deepfool", "fgsm", "fgsm_success_curve", "minimal_fgsm", "pgd"]
+__all__ = [
+    "carlini_wagner_l2",
+    "ddn",
+    "deepfool",
+    "fgsm",
+    "fgsm_success_curve",
+    "fmn",
+    "minimal_fgsm",
+    "pgd",
+    "superdeepfool",
+]
