@@ -2,30 +2,30 @@
 Robustness", NeurIPS 2018).
 
     signed margin   m = +||D||_p / ||x||_p   if argmax f(x) == y   (D: DeepFool, away from y)
-                    m = -||D||_p / ||x||_p   if not                (D: from prediction to y)
+                    m = -||D||_p / ||x||_p   if not                (D: from the prediction to y)
     penalty         exp(-c m) if right, exp(-d m) if wrong         (others: dd_jax.penalties)
     loss            cross_entropy + lambda * penalty               lambda = penalty_weight
 
-with c = correct_scale, d = wrong_scale. All three are one number per example and differentiable in
-whatever `logits_fn` closes over and in the inputs. With params of any JAX library:
+with c = correct_scale and d = wrong_scale. All three are one number per example, and differentiable
+in the inputs and in whatever `logits_fn` closes over. With parameters of any JAX library:
 
     def loss(params):
         logits_fn = functools.partial(apply_fn, params)
         per_example, metrics = dd_jax.deep_defense_loss(logits_fn, images, labels)
         return per_example.mean()
 
-How the gradient of the margin is taken stands in `dd_jax._margin`.
+`dd_jax._margin` describes the gradient of the margin.
 """
 
+import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dd_jax._margin import Gradient, check_choices, margin_and_steps
-from dd_jax.attacks._arguments import check_arguments, trace
+from dd_jax._margin import Gradient, Method, checked_trace, margin_and_steps
 from dd_jax.attacks._deepfool_step import Options
 from dd_jax.norms import Norm
 from dd_jax.penalties import PenaltyFn, exponential
@@ -47,51 +47,72 @@ def signed_margin(
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
-    """How far each example is from being classified differently (right) or rightly (wrong),
-    relative to its size.
+    """The signed size of the perturbation that changes the prediction, relative to the input.
 
-        m = +||D||_p / ||x||_p   where argmax f(x) == y, D being the perturbation away from y
-        m = -||D||_p / ||x||_p   elsewhere, D leading from the current prediction towards y
+        m = +||D||_p / ||x||_p   where argmax f(x) == y, with D the perturbation away from y
+        m = -||D||_p / ||x||_p   elsewhere, with D the perturbation from the prediction to y
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
       inputs: any rank, floating.
       labels: the true classes, integers below the number of classes.
-      norm: "l2" or "linf"; give that of the solver.
-      solver: what finds D: any function `solver(logits_fn, inputs, labels) -> AttackResult`. None:
-        DeepFool. For wrong examples it is called once more, with the two logits (the largest of the
-        other classes, y's) in place of all, to leave the first.
+      norm: "l2" or "linf". With a solver of your own, give the norm that it minimizes.
+      solver: the attack that finds D, a function `solver(logits_fn, inputs, labels) ->
+        AttackResult`; see `dd_jax.types.Solver`. None: DeepFool. The solver is called twice: once
+        for the right examples, and once for the wrong ones with two logits, (the largest of the
+        other classes, that of y), from which it must leave class 0. Its perturbations must be
+        finite. It gets a net without gradients.
       gradient: "through_iterates", the exact derivative of DeepFool's steps, or "at_boundary", the
-        implicit derivative at the point that the solver found; equations in `dd_jax._margin`.
-      num_steps, overshoot, num_candidates, class_chunk_size, gradient_offset, rewrite: of DeepFool,
-        as in `dd_jax.deepfool`. The authors train with 5 steps, an overshoot of 0.02 and all
-        classes (10 of 1000 on ImageNet). A solver of your own has its own options.
+        implicit derivative at the point that the solver found; equations in `dd_jax._margin`. A
+        solver of your own needs "at_boundary".
+      num_steps, overshoot, num_candidates, class_chunk_size, gradient_offset, rewrite: for
+        DeepFool, as in `dd_jax.deepfool`. The authors train with 5 steps, an overshoot of 0.02 and
+        all classes (10 of 1000 on ImageNet). A solver of your own has its own options.
 
     Returns:
       One number per example, dimensionless. Differentiable once, in reverse mode, in the inputs and
       in whatever `logits_fn` closes over.
 
-    Edges, each finite in value and gradient: an example that is never fooled within `num_steps`
-    counts with what its steps add up to; its gradient at the boundary is that at the point reached.
-    Where all class gradients vanish (dead net) or the classes tie exactly, the step is zero, and so
-    is its gradient. An all-zero input has margin 0 and gradient 0. Towards the true class there is
-    one candidate only, two classes leave one candidate too, and a batch of one example is a batch.
+    Edges, all finite in value and gradient: an example that is not fooled within `num_steps` has
+    the margin of the sum of its steps; with "at_boundary", its gradient is taken at the point
+    reached. If all class gradients vanish (dead net) or the classes tie exactly, the step is zero,
+    and so is its gradient. An all-zero input has margin 0 and gradient 0. Towards the true class
+    there is one candidate, and with two classes there is one candidate too. A batch of one example
+    is a batch.
 
-    Differs from the authors' code in one thing: for a misclassified example whose prediction
-    changes on the way, it takes the logit difference against the class predicted a step earlier and
-    the gradient against the current one. Here both belong to the current one.
+    One difference from the authors' code: for a misclassified example whose prediction changes
+    during the search, they take the logit difference against the class predicted one step earlier,
+    and the gradient against the current one. Here both belong to the current one.
 
     Raises:
-      ValueError: at trace time, for shapes, types or options that make no sense; for a solver of
-        your own with gradient "through_iterates".
+      ValueError: at trace time, for wrong shapes, types or options; for a solver of your own with
+        gradient "through_iterates".
+
+    Example: x = (2, -1) has the logits -1 and -2.5. The boundary is 1.5 / sqrt(10.25) = 0.469 away,
+    and ||x|| is sqrt(5).
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> logits_fn = lambda x: x @ weights
+    >>> inputs = jnp.array([[2.0, -1.0], [2.0, -1.0]])
+    >>> margin = dd_jax.signed_margin(logits_fn, inputs, jnp.array([0, 1]), overshoot=0.0)
+    >>> [round(float(m), 4) for m in margin]
+    [0.2095, -0.2095]
     """
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
-    options = options._replace(rewrite=rewrite)
-    check_arguments(inputs, labels, norm, num_steps)
-    check_choices(options, solver, gradient)
-    traces = trace(logits_fn, inputs)
+    options = Options(
+        norm,
+        num_steps,
+        overshoot,
+        gradient_offset,
+        num_candidates,
+        class_chunk_size,
+        rewrite=rewrite,
+    )
+    method = Method(options, solver, gradient)
+    traces = checked_trace(logits_fn, inputs, labels, method)
     logits = traces.logits(lax.stop_gradient(inputs))
-    return margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)[0]
+    return margin_and_steps(traces, inputs, labels, logits, method)[0]
 
 
 def regularizer(
@@ -112,29 +133,55 @@ def regularizer(
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> Float[Array, " batch"]:
-    """Deep Defense's penalty: large where a small perturbation changes the prediction, or a large
-    one is needed to correct it.
+    """Deep Defense's penalty: large where a small perturbation changes a right prediction, or where
+    it takes a large one to correct a wrong prediction.
 
         penalty = penalty_fn(m, correct),    m = signed_margin(...)
 
     Args:
-      penalty_fn: what a margin costs; one of `dd_jax.penalties`, or your own. The default is
-        exp(-c m) where right and exp(-d m) where wrong.
-      correct_scale, wrong_scale: c and d, handed to `penalty_fn` if given, 0 or more. None: its own
-        defaults, 25 and 5 for the exponential, as the authors'. Choose c so that exp(-c m) is not
-        yet tiny for the examples to be moved.
+      penalty_fn: the penalty of a margin: one of `dd_jax.penalties`, or a function of your own
+        `(margin, correct) -> penalty`. The default is exp(-c m) where right and exp(-d m) where
+        wrong.
+      correct_scale, wrong_scale: c and d, 0 or more, passed on to `penalty_fn` if given. None: its
+        own defaults, for the exponential the authors' 25 and 5. Choose c so that exp(-c m) is not
+        close to 0 for the examples that matter.
 
-    Other arguments, edges and errors as in `signed_margin`.
+    Other arguments, edges and errors as in `signed_margin`. ValueError also for a scale that
+    `penalty_fn` does not take, and for a penalty that is not one number per example.
+
+    Example: a margin of 0.2095 where right, and a penalty function of your own.
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> logits_fn = lambda x: x @ weights
+    >>> inputs, labels = jnp.array([[2.0, -1.0]]), jnp.array([0])
+    >>> penalty = dd_jax.regularizer(logits_fn, inputs, labels, correct_scale=2.0, overshoot=0.0)
+    >>> round(float(penalty[0]), 4)  # exp(-2 * 0.2095)
+    0.6577
+    >>> def squared_hinge(margin, correct):
+    ...     return jnp.maximum(0, 0.5 - margin) ** 2
+    >>> penalty = dd_jax.regularizer(
+    ...     logits_fn, inputs, labels, penalty_fn=squared_hinge, overshoot=0.0
+    ... )
+    >>> round(float(penalty[0]), 4)
+    0.0844
     """
     penalty_fn = _with_scales(penalty_fn, correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
-    options = options._replace(rewrite=rewrite)
-    check_arguments(inputs, labels, norm, num_steps)
-    check_choices(options, solver, gradient)
-    traces = trace(logits_fn, inputs)
+    options = Options(
+        norm,
+        num_steps,
+        overshoot,
+        gradient_offset,
+        num_candidates,
+        class_chunk_size,
+        rewrite=rewrite,
+    )
+    method = Method(options, solver, gradient)
+    traces = checked_trace(logits_fn, inputs, labels, method)
     logits = traces.logits(lax.stop_gradient(inputs))
-    margin, _ = margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)
-    return penalty_fn(margin, jnp.argmax(logits, axis=-1) == labels)
+    margin, _ = margin_and_steps(traces, inputs, labels, logits, method)
+    return _penalty(penalty_fn, margin, jnp.argmax(logits, axis=-1) == labels)
 
 
 def deep_defense_loss(
@@ -159,27 +206,49 @@ def deep_defense_loss(
     """The training loss of Deep Defense, per example: cross_entropy + penalty_weight * penalty.
 
     Returns:
-      (loss, metrics): loss (batch,), to be averaged by the caller; metrics, one number per example
+      (loss, metrics): loss (batch,), which the caller averages; metrics, one number per example
       each: "cross_entropy", "penalty" (not weighted), "margin", "correct" (1 where the prediction
-      is right) and "num_steps" (the solver's).
+      is right) and "num_steps" (of the solver).
 
     The clean logits are computed once and shared. With penalty_weight 0 this is the plain
-    cross-entropy. Arguments, edges and errors as in `regularizer`; penalty_weight must not be
-    negative. Defaults are the authors'.
+    cross-entropy. Arguments, edges and errors as in `regularizer`; penalty_weight must be 0 or
+    more. The defaults are the authors'.
+
+    Example: one step of gradient descent.
+
+    >>> import functools, jax
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> apply_fn = lambda weights, x: x @ weights
+    >>> inputs, labels = jnp.array([[2.0, -1.0]]), jnp.array([0])
+    >>> @jax.jit
+    ... def loss(weights):
+    ...     logits_fn = functools.partial(apply_fn, weights)
+    ...     per_example, metrics = dd_jax.deep_defense_loss(logits_fn, inputs, labels)
+    ...     return per_example.mean()
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> bool(loss(weights - 0.1 * jax.grad(loss)(weights)) < loss(weights))
+    True
     """
     _check_scales(penalty_weight=penalty_weight)
     penalty_fn = _with_scales(penalty_fn, correct_scale=correct_scale, wrong_scale=wrong_scale)
-    options = Options(norm, num_steps, overshoot, gradient_offset, num_candidates, class_chunk_size)
-    options = options._replace(rewrite=rewrite)
-    check_arguments(inputs, labels, norm, num_steps)
-    check_choices(options, solver, gradient)
-    traces = trace(logits_fn, inputs)
+    options = Options(
+        norm,
+        num_steps,
+        overshoot,
+        gradient_offset,
+        num_candidates,
+        class_chunk_size,
+        rewrite=rewrite,
+    )
+    method = Method(options, solver, gradient)
+    traces = checked_trace(logits_fn, inputs, labels, method)
     logits = traces.logits(inputs)
     log_probabilities = jax.nn.log_softmax(logits)
     cross_entropy = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
-    margin, steps = margin_and_steps(traces, inputs, labels, logits, options, solver, gradient)
+    margin, steps = margin_and_steps(traces, inputs, labels, logits, method)
     correct = jnp.argmax(logits, axis=-1) == labels
-    penalty = penalty_fn(margin, correct)
+    penalty = _penalty(penalty_fn, margin, correct)
     metrics = {
         "cross_entropy": cross_entropy,
         "penalty": penalty,
@@ -197,6 +266,32 @@ def _check_scales(**scales: Scalar) -> None:
 
 
 def _with_scales(penalty_fn: PenaltyFn, **scales: Scalar | None) -> PenaltyFn:
+    """The penalty function with the scales that are given; ValueError for one that it does not
+    take.
+    """
     given = {name: value for name, value in scales.items() if value is not None}
     _check_scales(**given)
-    return partial(penalty_fn, **given) if given else penalty_fn
+    if not given:
+        return penalty_fn
+    parameters = inspect.signature(penalty_fn).parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    refused = sorted(given.keys() - {parameter.name for parameter in parameters})
+    if refused and not takes_all:
+        raise ValueError(
+            f"penalty_fn does not take {' or '.join(refused)}; leave it out, or give a function "
+            "that takes it, such as dd_jax.penalties.exponential."
+        )
+    return partial(penalty_fn, **given)
+
+
+def _penalty(
+    penalty_fn: PenaltyFn, margin: Float[Array, " batch"], correct: Bool[Array, " batch"]
+) -> Float[Array, " batch"]:
+    """penalty_fn(margin, correct); ValueError unless it is one number per example."""
+    penalty = penalty_fn(margin, correct)
+    if jnp.shape(penalty) != margin.shape:
+        raise ValueError(
+            f"penalty_fn must return one number per example, of shape {margin.shape}; it returned "
+            f"shape {jnp.shape(penalty)}. Leave the mean over the batch to the caller."
+        )
+    return penalty

@@ -1,4 +1,4 @@
-"""What every attack asks of its arguments, and the first look at the net that they share."""
+"""The checks of arguments, and the first forward pass, that all attacks share."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SizeOrSizes = Scalar | Float[Array, " batch"]
 def check_arguments(
     inputs: Array, labels: Array | None, norm: Norm = "l2", num_steps: int = 1
 ) -> None:
-    """Raises ValueError, at trace time, for shapes, types and options that make no sense.
+    """Raises ValueError, at trace time, for wrong shapes, types and options.
 
     Every public function calls this first.
     """
@@ -26,7 +26,7 @@ def check_arguments(
         raise ValueError(
             f"inputs must be a floating batch of shape (batch, ...); got "
             f"{inputs.dtype}{list(inputs.shape)}. "
-            "Convert images to floats and keep a leading batch axis, also for one example."
+            "Convert images to floats, and keep the batch axis also for a single example."
         )
     _check_sharding(inputs)
     if labels is not None and (
@@ -46,27 +46,27 @@ def _check_sharding(inputs: Array) -> None:
     if any(spec := kind.sharding.spec):
         raise ValueError(
             f"inputs are sharded over explicit axes of a mesh, {spec}; make the mesh with "
-            "axis_types=jax.sharding.AxisType.Auto, or divide the batch with jax.shard_map."
+            "axis_types=jax.sharding.AxisType.Auto, or shard the batch with jax.shard_map."
         )
     if getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(
         kind, "vma", None
     ):
         raise ValueError(
-            "inputs are within a jax.shard_map that checks how values vary; give it "
-            "check_vma=False."
+            "inputs are inside a jax.shard_map that checks varying axes; give it check_vma=False."
         )
 
 
 def trace(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."]) -> Traces:
-    """The net, traced for the whole batch; ValueError unless its logits are floating, one row per
-    example and at least two classes wide.
+    """The net, traced for the whole batch.
+
+    ValueError unless it returns floating logits, one row per example, of at least two classes.
     """
     traces = Traces(logits_fn, inputs)
     logits = traces.output(inputs.shape[0])
     if not hasattr(logits, "ndim"):
         raise ValueError(
             f"logits_fn must return one array, the logits; it returned a {type(logits).__name__}. "
-            "Leave out whatever else the net gives, such as its updated state."
+            "Leave out everything else that the net returns, such as its updated state."
         )
     if logits.ndim != 2 or logits.shape[0] != inputs.shape[0] or logits.shape[1] < 2:
         raise ValueError(
@@ -76,8 +76,8 @@ def trace(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."]) -> Traces:
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
-            f"logits_fn must return floating logits; it returned {logits.dtype}. Class numbers "
-            "have no gradient."
+            f"logits_fn must return floating logits; it returned {logits.dtype}. Return the "
+            "logits, not class numbers, which have no gradient."
         )
     return traces
 
@@ -85,8 +85,8 @@ def trace(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."]) -> Traces:
 def labels_to_leave(
     traces: Traces, inputs: Float[Array, "batch ..."], labels: Array | None
 ) -> tuple[Float[Array, "batch classes"], Int[Array, " batch"], Bool[Array, " batch"]]:
-    """The clean logits, without a gradient; the labels, or if there are none the predicted classes;
-    and which examples are classified as these say.
+    """Returns the clean logits, without a gradient; the labels, or the predicted classes if labels
+    is None; and which examples are classified as these labels say.
     """
     logits = lax.stop_gradient(traces.logits(inputs))
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -97,8 +97,9 @@ def labels_to_leave(
 def one_per_example(
     name: str, size: SizeOrSizes, inputs: Float[Array, "batch ..."]
 ) -> Float[Array, " batch"]:
-    """A size for each example, from one for all or one for each; ValueError for other shapes, and
-    below 0.
+    """Broadcasts one size, or one per example, to one per example.
+
+    ValueError, with the name of the argument, for other shapes and for negative sizes.
     """
     sizes = jnp.asarray(size, inputs.dtype)
     if sizes.ndim != 0 and sizes.shape != inputs.shape[:1]:

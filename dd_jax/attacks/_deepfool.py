@@ -1,18 +1,18 @@
 """DeepFool (Moosavi-Dezfooli, Fawzi, Frossard, CVPR 2016), l2 and linf, batched and jit-compiled.
 
-DeepFool repeats one step. At the iterate x it replaces the net by its first-order expansion and
-goes to the nearest of the hyperplanes at which another class takes over:
+DeepFool repeats one step. At the iterate x it linearizes the net, and moves to the nearest of the
+hyperplanes between the source class and another class:
 
     f_j = logits_j(x) - logits_s(x),   w_j = d f_j / d x    (s: the source class, j: every other)
     j*  = argmin_j |f_j| / ||w_j||_q                              (q: the dual exponent of p)
     r   = |f_j*| / ||w_j*||_q * d,     d = w_j* / ||w_j*||_2 for l2, sign(w_j*) for linf
 
-and stops as soon as the overshot point x_0 + (1 + overshoot) * sum of steps is classified
-differently. Steps start from points that are not overshot. (ZiangYan/deepdefense.pytorch does the
-same; `gradient_offset` is its `eps`.)
+It stops when the overshot point x_0 + (1 + overshoot) * sum of steps is classified differently.
+Steps start from points that are not overshot, as in ZiangYan/deepdefense.pytorch, whose `eps` is
+`gradient_offset` here.
 
-Examples stop after different numbers of steps, so the loop takes its work from a queue, see
-`dd_jax.attacks._queue`.
+Examples stop after different numbers of steps, so the loop takes its work from a queue
+(`dd_jax.attacks._queue`).
 """
 
 from typing import NamedTuple
@@ -31,22 +31,28 @@ from dd_jax.xla.closure_convert import ApplyFn, Closure
 
 
 class Trace(NamedTuple):
-    """What is needed to take the same steps again: where each started and between which classes it
-    went.
-    """
+    """The record of a search, to take its steps again: starting points and classes."""
 
     iterates: Float[Array, "steps batch ..."]  # relative to the inputs
     sources: Int[Array, "steps batch"]
     targets: Int[Array, "steps batch"]
 
 
-class Search(NamedTuple):
-    """The state of the search, and its result. `num_replayable` counts the steps that moved an
-    example.
-    """
+class Step(NamedTuple):
+    """One step of some rows of the batch."""
 
-    perturbation: Float[Array, "batch ..."]  # sum of the steps, not overshot
-    num_replayable: Int[Array, " batch"]
+    perturbation: Float[Array, "rows ..."]  # the sum of the steps up to here, not overshot
+    moved: Bool[Array, " rows"]
+    success: Bool[Array, " rows"]  # of the overshot point
+    source: Int[Array, " rows"]
+    target: Int[Array, " rows"]
+
+
+class Search(NamedTuple):
+    """The state of the search, and its result."""
+
+    perturbation: Float[Array, "batch ..."]  # the sum of the steps, not overshot
+    num_replayable: Int[Array, " batch"]  # the steps that moved the example
     active: Bool[Array, " batch"]
     success: Bool[Array, " batch"]
     trace: Trace | None
@@ -66,43 +72,54 @@ def deepfool(
     gradient_offset: float = 0.0,
     rewrite: bool | None = None,
 ) -> AttackResult:
-    """Finds a small perturbation that changes each example's class, see the module's docstring for
-    the equations.
+    """Finds a small perturbation that changes each example's class.
+
+    The equations are in the module's docstring.
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
       inputs: any rank, floating; the perturbation is in their space.
       labels: the classes to leave. None: the predicted ones, so that every example is attacked. An
-        example already classified differently from its label is done: zero perturbation, success,
-        zero steps.
-      norm: "l2" or "linf", the size that is kept small.
+        example that is classified differently from its label already gets a zero perturbation,
+        success and zero steps.
+      norm: "l2" or "linf", the norm that is kept small.
       num_steps: the largest number of steps.
-      overshoot: the perturbation returned is (1 + overshoot) times the sum of the steps.
-      num_candidates: how many of the classes that are most likely at the clean input take part, the
+      overshoot: the result is (1 + overshoot) times the sum of the steps. 0 or more.
+      num_candidates: how many of the most likely classes at the clean input are considered, the
         source class included (10 is customary for 1000 classes). None: all.
-      class_chunk_size: compute the gradients of at most so many classes at a time, one such part
-        after another. Less memory, which holds these gradients and what leads to them, the same
-        result. None: those of all candidates at once, which is fastest where there is room.
+      class_chunk_size: compute the gradients of at most this many classes at a time. It needs less
+        memory, for the gradients and the activations behind them, and gives the same result. None:
+        all candidates at once, the fastest if the memory suffices.
       bounds: (lower, upper), numbers or arrays that broadcast to one example, with or without a
-        leading axis of size 1: iterates and results stay within. None: no clipping, as in the
+        leading axis of size 1. Iterates and results stay within. None: no clipping, as in the
         paper.
       gradient_offset: added to every component of w before its norm is taken; the authors' code
-        uses 5e-6 on MNIST and 1e-5 on CIFAR-10. 0 is the clean definition.
-      rewrite: False leaves every operation of the net to JAX, slower on a CPU; True and None put
-        faster ones in there, None unless the environment says DD_JAX_REWRITE=0.
+        uses 5e-6 on MNIST and 1e-5 on CIFAR-10. 0 is the definition.
+      rewrite: True replaces some operations of the net by faster ones on a CPU, False does not.
+        None: True, unless the environment has DD_JAX_REWRITE=0.
 
     Returns:
       AttackResult(perturbation, success, num_steps).
 
-    Edges: where all class gradients vanish (dead net) or two classes tie exactly at the iterate,
-      the linear model asks for
-    no step: the search stops there, without success, and counts as `num_steps` steps. Non-finite
-    steps are not taken. A batch may be empty.
+    Edges: if all class gradients vanish (dead net), or two classes tie exactly at the iterate, the
+    linear model gives no step. The search then stops without success and counts as `num_steps`
+    steps. Steps that are not finite are not taken. A batch may be empty.
 
-    Gradients do not flow through the result; `dd_jax.signed_margin` is the differentiable quantity.
+    Gradients do not flow through the result; `dd_jax.signed_margin` is differentiable.
 
     Raises:
-      ValueError: at trace time, for shapes, types or options that make no sense.
+      ValueError: at trace time, for wrong shapes, types or options.
+
+    Example: x = (2, -1) has the logits -1 and -2.5. The boundary is 1.5 / sqrt(10.25) = 0.469 away.
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> found = dd_jax.deepfool(lambda x: x @ weights, jnp.array([[2.0, -1.0]]), overshoot=0.02)
+    >>> bool(found.success[0]), int(found.num_steps[0])
+    (True, 1)
+    >>> round(float(jnp.linalg.norm(found.perturbation) / 1.02), 3)
+    0.469
     """
     options = Options(
         norm,
@@ -151,58 +168,76 @@ def search(
     bounds: Bounds | None = None,
     record: bool = False,
 ) -> Search:
-    """Runs DeepFool on the active examples until all have stopped; with `record`, keeps what a
-    replay needs.
+    """Runs DeepFool on the active examples until all have stopped.
+
+    With `record`, the result's trace holds what is needed to take the same steps again.
     """
-    batch = problem.inputs.shape[0]
-    trace = None
-    if record:
-        classes = jnp.zeros((options.num_steps, batch), jnp.int32)
-        trace = Trace(
-            jnp.zeros((options.num_steps,) + problem.inputs.shape, problem.inputs.dtype),
-            classes,
-            classes,
-        )
-    nobody = jnp.zeros(batch, bool)
-    start = Search(
-        jnp.zeros_like(problem.inputs), jnp.zeros(batch, jnp.int32), active, nobody, trace
-    )
+    start = _first_state(problem, active, options.num_steps if record else None)
 
     def turn(state: Search, num_rows: int) -> Search:
-        rows, to = next_rows(
-            jnp.where(state.active, options.num_steps - state.num_replayable, 0), num_rows
-        )
+        rows, to = next_rows(_num_left(state, options), num_rows)
         part = jax.tree.map(lambda x: x[rows], problem)
         before, steps = state.perturbation[rows], state.num_replayable[rows]
-        step, source, target = nearest_step(
-            apply_fn, closure, move_within(part.inputs + before, bounds), part, options
-        )
-        after = (
-            move_within(part.inputs + before + step, bounds) - part.inputs
-            if bounds is not None
-            else before + step
-        )
-        moved = jnp.any(after != before, axis=tuple(range(1, after.ndim)))
-        overshot = move_within(part.inputs + (1 + options.overshoot) * after, bounds)
-        success = (jnp.argmax(apply_fn(closure, overshot), axis=-1) == part.labels) != part.away
-        active = ~success & moved & (steps + 1 < options.num_steps)
-        return Search(
-            state.perturbation.at[to].set(after, mode="drop"),
-            state.num_replayable.at[to].set(steps + moved.astype(steps.dtype), mode="drop"),
-            state.active.at[to].set(active, mode="drop"),
-            state.success.at[to].set(success, mode="drop"),
-            record_step(state.trace, steps, to, before, source, target) if record else None,
-        )
+        step = _take_step(apply_fn, closure, part, before, options, bounds)
+        active = ~step.success & step.moved & (steps + 1 < options.num_steps)
+        num_replayable = steps + step.moved.astype(steps.dtype)
+        after = Search(step.perturbation, num_replayable, active, step.success, None)
+        trace = _record_step(state.trace, steps, to, before, step)
+        state = state._replace(trace=None)
+        written = jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), state, after)
+        return written._replace(trace=trace)
 
     return run_turns(turn, lambda state: jnp.sum(state.active), start, options.turns)
 
 
-def record_step(
-    trace: Trace, steps: Array, to: Array, before: Array, source: Array, target: Array
-) -> Trace:
-    """Notes a step of some rows: where it started, from which class and to which."""
+def _first_state(
+    problem: Problem, active: Bool[Array, " batch"], num_recorded: int | None
+) -> Search:
+    """The state before the first step, with room to record that many steps (None: no record)."""
+    inputs, none = problem.inputs, jnp.zeros(active.shape, jnp.int32)
+    trace = None
+    if num_recorded is not None:
+        classes = jnp.zeros((num_recorded, *active.shape), jnp.int32)
+        trace = Trace(jnp.zeros((num_recorded, *inputs.shape), inputs.dtype), classes, classes)
+    return Search(jnp.zeros_like(inputs), none, active, jnp.zeros(active.shape, bool), trace)
+
+
+def _num_left(state: Search, options: Options) -> Int[Array, " batch"]:
+    """The steps that each example may still take."""
+    return jnp.where(state.active, options.num_steps - state.num_replayable, 0)
+
+
+def _take_step(
+    apply_fn: ApplyFn,
+    closure: Closure,
+    part: Problem,
+    before: Float[Array, "rows ..."],
+    options: Options,
+    bounds: Bounds | None,
+) -> Step:
+    """One step for some rows, from the sum of the steps `before`, and the test for success."""
+    iterates = move_within(part.inputs + before, bounds)
+    step, source, target = nearest_step(apply_fn, closure, iterates, part, options)
+    after = before + step
+    if bounds is not None:
+        after = move_within(part.inputs + before + step, bounds) - part.inputs
+    moved = jnp.any(after != before, axis=tuple(range(1, after.ndim)))
+    overshot = move_within(part.inputs + (1 + options.overshoot) * after, bounds)
+    is_label = jnp.argmax(apply_fn(closure, overshot), axis=-1) == part.labels
+    return Step(after, moved, is_label != part.away, source, target)
+
+
+def _record_step(
+    trace: Trace | None, steps: Array, to: Array, before: Array, step: Step
+) -> Trace | None:
+    """Records a step of some rows: its starting point, the class it left and the one it aimed at.
+
+    None where nothing is recorded.
+    """
+    if trace is None:
+        return None
     return Trace(
         trace.iterates.at[steps, to].set(before, mode="drop"),
-        trace.sources.at[steps, to].set(source, mode="drop"),
-        trace.targets.at[steps, to].set(target, mode="drop"),
+        trace.sources.at[steps, to].set(step.source, mode="drop"),
+        trace.targets.at[steps, to].set(step.target, mode="drop"),
     )

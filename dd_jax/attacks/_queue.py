@@ -1,9 +1,9 @@
 """The work queue that the attacks share.
 
-Examples stop after different numbers of steps. The loop of an attack therefore takes its work from
-a queue: each turn gathers a fixed number of examples that are still active, whatever step each of
-them is at, takes one step for each, and puts them back. An example that has stopped costs nothing
-more, and one compiled loop body serves all. Results do not depend on it.
+Examples stop after different numbers of steps. An attack therefore takes its work from a queue:
+each turn gathers a fixed number of examples that are still active, each at its own step, takes one
+step for each, and writes them back. An example that has stopped costs nothing more, and one
+compiled loop body serves all. Results do not depend on the queue.
 """
 
 import math
@@ -24,18 +24,21 @@ from dd_jax.xla.closure_convert import (
 )
 from dd_jax.xla.rewrite import operations
 
-# How many turns of the queue take one step of a whole batch, by backend; measured.
 TURNS_PER_BATCH = {"cpu": 4}
-SMALLEST_TURN = {"cpu": 4}  # Fewer rows than this do not fill the device.
+"""How many turns take one step of a whole batch, by backend; measured."""
+SMALLEST_TURN = {"cpu": 4}
+"""The fewest rows of a turn, by backend. Fewer rows do not fill the device."""
 DEFAULT_SMALLEST_TURN = 64
-# Operations of a turn's forward pass: with fewer, small products run below their speed.
 LEAST_WORK = {"cpu": 4e7}
-MOST_WORK = {"cpu": 4e9}  # With more, rows only wait for one another.
-LAST_TURN_SHARE = 3  # The last, slowest examples share turns of a third of the rows.
+"""The fewest operations of a turn's forward pass. With fewer, matrix products are inefficient."""
+MOST_WORK = {"cpu": 4e9}
+"""The most operations of a turn's forward pass. With more, rows only wait for one another."""
+LAST_TURN_SHARE = 3
+"""The last, slowest examples are taken in turns of a third of the rows."""
 
 
 class Turns(NamedTuple):
-    """How many examples share a turn, and how many once no more than `num_last_rows` are active."""
+    """The number of rows of a turn, and of a last turn, when at most `num_last_rows` are active."""
 
     num_rows: int
     num_last_rows: int
@@ -44,7 +47,7 @@ class Turns(NamedTuple):
 def plan_turns(
     traces: Traces, batch: int, rewrite: bool | None = None
 ) -> tuple[ApplyFn, Closure, Turns]:
-    """Chooses how many examples share a turn, and gives the net for that many."""
+    """Chooses the number of rows of a turn, and returns the net for that many rows."""
     backend, work = jax.default_backend(), operations(traces.of(batch).jaxpr)
     num_turns = max(TURNS_PER_BATCH.get(backend, 1), int(work // MOST_WORK.get(backend, math.inf)))
     num_turns = min(num_turns, max(1, int(work // LEAST_WORK.get(backend, 1))))
@@ -73,14 +76,13 @@ def run_turns(
 def next_rows(
     priority: Int[Array, " batch"], num_rows: int
 ) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
-    """Takes the `num_rows` examples of highest priority off the queue.
+    """Returns the `num_rows` examples of highest priority: the rows to read and the rows to write.
 
-    Returns the rows to read and the rows to write to. Where fewer than `num_rows` have a positive
-    priority, the rest are read but written nowhere (their index is out of range, and the writer
-    drops it).
+    If fewer than `num_rows` have a positive priority, the others are read but not written: their
+    row to write is out of range, which `mode="drop"` ignores.
     """
     batch = priority.shape[0]
-    if num_rows == batch:  # Nothing to choose: every row stays where it is.
+    if num_rows == batch:  # All rows in their own order: no sorting needed.
         return jnp.arange(batch), jnp.where(priority > 0, jnp.arange(batch), batch)
     highest, rows = lax.top_k(priority, num_rows)
     return rows, jnp.where(highest > 0, rows, batch)

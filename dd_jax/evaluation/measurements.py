@@ -1,11 +1,11 @@
-"""The measurements by name, each in two parts: an attack, and a judge of what it found.
+"""The measurements by name, each in two parts: an attack, and a judge of its perturbations.
 
-The judge takes nothing from the attack but its perturbations: the net is asked again, in a plain
-forward pass (`dd_jax.evaluation.verification`). `dd_jax.evaluation.metrics` runs them.
+The judge verifies the perturbations by a plain forward pass (`dd_jax.evaluation.verification`) and
+uses nothing else of the attack's result. `dd_jax.evaluation.metrics` runs both parts.
 
-Sizes (rho and ||D||) are of attacks that leave the *predicted* class, as in the authors' test
-routine: every example counts, those misclassified included. Shares of misclassified examples
-(accuracies, the FGSM curve) go by the labels.
+Sizes (rho and ||D||) belong to attacks that leave the *predicted* class, as in the authors' test
+routine: every example counts, also a misclassified one. Shares of misclassified examples
+(accuracies, the FGSM curve) refer to the labels.
 """
 
 from collections.abc import Callable
@@ -24,30 +24,33 @@ from dd_jax.types import AttackResult, LogitsFn
 
 
 class Settings(NamedTuple):
-    """How to measure. Sizes are in the units of the inputs; hashable, so that it may be fixed when
-    compiling.
+    """The options of the measurements. Sizes are in the units of the inputs.
+
+    Hashable, so it can be a static argument of `jax.jit`.
     """
 
-    norm: Norm = "l2"  # DeepFool's, as are the next four.
+    norm: Norm = "l2"  # This and the next four belong to DeepFool.
     num_steps: int = 50
     overshoot: float = 0.02
     num_candidates: int | None = None
     class_chunk_size: int | None = None
-    fgsm_max_epsilon: float = 1.0  # Where the search for an example's smallest epsilon gives up.
-    curve_max_epsilon: float = 0.3  # The curve has evenly spaced points, from 0 to this.
+    fgsm_max_epsilon: float = 1.0  # The largest epsilon that the search tries.
+    curve_max_epsilon: float = 0.3  # The points of the curve are evenly spaced from 0 to this.
     curve_num_points: int = 31
     pgd_epsilon: float = 0.1  # In linf.
     pgd_step_size: float = 0.01
     pgd_num_steps: int = 40
-    pgd_seed: int | None = None  # Of random starts. None: from the inputs themselves.
+    pgd_seed: int | None = None  # For random starts. None: start at the inputs.
     carlini_wagner_num_steps: int = 200
     carlini_wagner_num_binary_search_steps: int = 5
     carlini_wagner_learning_rate: float = 0.05
 
 
 class Problem(NamedTuple):
-    """What every measurement is of. `bounds`: what FGSM, PGD and C&W stay within; DeepFool does
-    not, as in the paper.
+    """The net and the examples to measure.
+
+    bounds: FGSM, PGD and C&W stay within them; DeepFool has no bounds, as in the paper.
+    key: for PGD's random starts.
     """
 
     logits_fn: LogitsFn
@@ -58,8 +61,8 @@ class Problem(NamedTuple):
 
 
 class FgsmAttack(NamedTuple):
-    """FGSM with each example's smallest epsilon, and its direction: the perturbation of epsilon 1
-    that leaves the label.
+    """FGSM with each example's smallest epsilon, and FGSM's direction: the perturbation with
+    epsilon 1 away from the label.
     """
 
     minimal: AttackResult
@@ -67,12 +70,12 @@ class FgsmAttack(NamedTuple):
 
 
 Found = dict[str, AttackResult | FgsmAttack]
-"""What the attacks found, by the name of the measurement."""
+"""The results of the attacks, by the name of the measurement."""
 
 
 class Case(NamedTuple):
-    """What the judge has: the problem, the predicted classes of the inputs, and what the attacks
-    found.
+    """What a judge gets: the problem, the predicted classes of the inputs, and the results of the
+    attacks.
     """
 
     problem: Problem
@@ -80,7 +83,9 @@ class Case(NamedTuple):
     found: Found
 
     def is_fooled(self, attack: AttackResult, **limits: Any) -> Bool[Array, " batch"]:
-        """Whether each of the attack's perturbations leaves the predicted class."""
+        """Whether each perturbation changes the predicted class, within the limits of
+        `verification.is_fooled`.
+        """
         problem = self.problem
         return is_fooled(
             problem.logits_fn, problem.inputs, attack.perturbation, self.predicted, **limits
@@ -88,8 +93,10 @@ class Case(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Figures by name, an array with one row per example; and by attack where its own success
-    differs from the judge's.
+    """What a judge returns.
+
+    figures: by name, arrays with one row per example.
+    disagreements: by measurement, whether the attack's own success differs from the judge's.
     """
 
     figures: dict[str, Shaped[Array, "batch ..."]]
@@ -97,22 +104,23 @@ class Judged(NamedTuple):
 
 
 def curve_epsilons(settings: Settings) -> list[float]:
-    """The epsilons of the FGSM curve, evenly spaced from 0 to `curve_max_epsilon`, in the units of
-    the inputs.
+    """The epsilons of the FGSM curve, evenly spaced from 0 to `curve_max_epsilon`.
+
+    In the units of the inputs. ValueError for fewer than 2 points, or no range.
     """
     last = settings.curve_num_points - 1
     if last < 1 or not settings.curve_max_epsilon > 0:
         raise ValueError(
             f"curve_num_points is {last + 1} and curve_max_epsilon {settings.curve_max_epsilon}; "
-            "there must be at least 2 points, up to an epsilon of more than 0."
+            "the curve needs at least 2 points and a largest epsilon of more than 0."
         )
     exact = (settings.curve_max_epsilon * i / last for i in range(last + 1))
-    # As precise as float32: 0.03, not 0.0299999999999999.
+    # Rounded to float32's precision: 0.03, not 0.0299999999999999.
     return [float(f"{epsilon:.7g}") for epsilon in exact]
 
 
 class Measurement(NamedTuple):
-    """A measurement in its two parts, and what the attack is called in sentences."""
+    """A measurement: the name of its attack for messages, and its two parts."""
 
     title: str
     attack: Callable[[Problem, Settings], AttackResult | FgsmAttack]
@@ -128,11 +136,11 @@ def attack_by_deepfool(problem: Problem, settings: Settings) -> AttackResult:
 
 
 def judge_deepfool(case: Case, settings: Settings) -> Judged:
-    """The relative and the plain size of DeepFool's perturbations, overshoot included, its success
-    and its steps.
+    """The relative and the absolute size of DeepFool's perturbations, overshoot included; its
+    success and its steps.
 
-    Where DeepFool does not succeed within `num_steps` what it reached counts all the same: read the
-    success rate beside.
+    If DeepFool does not succeed within `num_steps`, the perturbation it reached counts too, so read
+    sizes together with the success rate.
     """
     attack, norm = case.found["deepfool"], settings.norm
     fooled = case.is_fooled(attack)
@@ -147,7 +155,7 @@ def judge_deepfool(case: Case, settings: Settings) -> Judged:
 
 
 def attack_by_fgsm(problem: Problem, settings: Settings) -> FgsmAttack:
-    """FGSM with each example's smallest epsilon, away from the predicted class; and the direction
+    """FGSM with each example's smallest epsilon, away from the predicted class; and its direction
     away from the label.
     """
     minimal = minimal_fgsm(
@@ -161,15 +169,15 @@ def attack_by_fgsm(problem: Problem, settings: Settings) -> FgsmAttack:
 
 
 def fgsm_direction(logits_fn: LogitsFn, inputs: Array, labels: Array) -> Float[Array, "batch ..."]:
-    """FGSM's perturbation (linf) of epsilon 1 away from the labels, without bounds."""
+    """FGSM's perturbation (linf) with epsilon 1 away from the labels, without bounds."""
     return fgsm(logits_fn, inputs, labels, epsilon=1.0, norm="linf", early_stop=False).perturbation
 
 
 def judge_fgsm(case: Case, settings: Settings) -> Judged:
-    """rho_linf by each example's smallest epsilon, with its success, and whether FGSM fools at each
+    """rho_linf for each example's smallest epsilon, its success, and whether FGSM fools at each
     epsilon of the curve.
 
-    Where nothing up to `fgsm_max_epsilon` fools, that epsilon counts, without success.
+    If nothing up to `fgsm_max_epsilon` fools, that epsilon counts, without success.
     """
     problem, (minimal, direction) = case.problem, case.found["fgsm"]
     fooled = case.is_fooled(minimal, bounds=problem.bounds, epsilon=settings.fgsm_max_epsilon)
@@ -188,8 +196,9 @@ def fooled_along(
     direction: Float[Array, "batch ..."],
     epsilons: Float[Array, " epsilons"],
 ) -> Bool[Array, "epsilons batch"]:
-    """Whether the net misclassifies inputs + epsilon * direction, kept within the bounds; what it
-    misclassifies anyway counts.
+    """Whether the net misclassifies inputs + epsilon * direction, clipped to the bounds.
+
+    True for all epsilons where it misclassifies the input itself.
     """
     logits_fn, inputs, labels, bounds, _ = problem
 
@@ -204,8 +213,7 @@ def attack_by_pgd(problem: Problem, settings: Settings) -> AttackResult:
     """PGD (linf) away from the label, until an iterate is misclassified."""
     if settings.pgd_seed is not None and problem.key is None:
         raise ValueError(
-            f"pgd_seed is {settings.pgd_seed}, but there is no key to draw random starts with; "
-            f"give one."
+            f"pgd_seed is {settings.pgd_seed}, but there is no key for the random starts; give one."
         )
     return pgd(
         problem.logits_fn,
@@ -221,9 +229,7 @@ def attack_by_pgd(problem: Problem, settings: Settings) -> AttackResult:
 
 
 def judge_pgd(case: Case, settings: Settings) -> Judged:
-    """Which examples are still classified rightly under PGD (linf); those misclassified already are
-    not.
-    """
+    """Which examples are still classified rightly under PGD (linf)."""
     (logits_fn, inputs, labels, bounds, _), attack = case.problem, case.found["pgd"]
     limits = dict(bounds=bounds, epsilon=settings.pgd_epsilon, norm="linf")
     fooled = is_fooled(logits_fn, inputs, attack.perturbation, labels, **limits)
@@ -245,8 +251,9 @@ def attack_by_carlini_wagner(problem: Problem, settings: Settings) -> AttackResu
 
 
 def judge_carlini_wagner(case: Case, settings: Settings) -> Judged:
-    """The l2 size of C&W's perturbations; where it does not succeed, of what came nearest, without
-    success.
+    """The l2 size of C&W's perturbations, and its success.
+
+    If C&W does not succeed, the perturbation with the smallest lead of the label counts.
     """
     attack = case.found["carlini_wagner"]
     fooled = case.is_fooled(attack, bounds=case.problem.bounds)

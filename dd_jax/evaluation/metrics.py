@@ -1,13 +1,13 @@
-"""Measures of accuracy and robustness, as sums over examples until the very end.
+"""Accuracy and robustness, as sums over examples that are divided once at the end.
 
-    attack         the perturbations, for every measurement asked for
+    attack         the perturbations of each measurement
     judge          one number per example and figure, from a plain forward pass at these points
-    sum_up         their sums over the examples whose mask is 1; sums of batches `add` up
-    summarize      divides once: means over a ragged last batch, or over devices, are exact
+    sum_up         the sums over the examples whose mask is 1; `add` adds those of two batches
+    summarize      divides once, so means over a ragged last batch, or over devices, are exact
 
-The first two belong into two programs, compiled apart, as `dd_jax.evaluation.evaluate` does: then a
-figure does not depend on what the attack, or the compiler of the attack, says of its success. Where
-the two disagree the judge counts, and the number of disagreements is part of the summary.
+Compile `attack` and `judge` as two separate programs, as `dd_jax.evaluation.evaluate` does. Then no
+figure depends on the attack's own success, or on how the attack was compiled. If the two disagree,
+the judge counts, and the summary reports the number of disagreements.
 """
 
 import operator
@@ -25,11 +25,11 @@ from dd_jax.norms import Bounds, per_example
 from dd_jax.types import LogitsFn
 
 Summary = dict[str, Any]
-"""By name of the figure, as in reports: an int, a float, or lists of floats for a curve."""
+"""Figures by name, as in reports: an int, a float, or a list of floats for a curve."""
 
 
 class Sums(NamedTuple):
-    """Sums over the examples seen, scalars or vectors; `examples` is how many there were."""
+    """Sums over examples, scalars or vectors; `examples` is their number."""
 
     examples: Any
     correct: Any
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
 
 
 def check_names(names: Sequence[str], known: Sequence[str] = tuple(MEASUREMENTS)) -> None:
-    """Raises ValueError unless all names are of measurements."""
+    """Raises ValueError unless all names are names of measurements."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
@@ -47,17 +47,17 @@ def check_names(names: Sequence[str], known: Sequence[str] = tuple(MEASUREMENTS)
 
 
 def attack(problem: Problem, *, names: Sequence[str] = ("deepfool",), settings: Settings) -> Found:
-    """What the attacks of the named measurements find; none of them changes what another one finds.
+    """Runs the attacks of the named measurements, independently of one another.
 
-    ValueError, at trace time, for an unknown name, or options that make no sense.
+    Raises:
+      ValueError: at trace time, for an unknown name or for wrong options.
     """
     check_names(names)
     return {name: MEASUREMENTS[name].attack(problem, settings) for name in names}
 
 
 def judge(problem: Problem, found: Found, *, settings: Settings) -> Judged:
-    """Everything that the measurements of `found` say of each example, by a plain forward pass; to
-    be compiled apart.
+    """The figures of each example, by a plain forward pass. Compile it separately from `attack`.
 
     Returns:
       Judged. Figures: always "accuracy"; "deepfool": "rho_l2", "l2" (in the other norm
@@ -74,9 +74,7 @@ def judge(problem: Problem, found: Found, *, settings: Settings) -> Judged:
 
 
 def sum_up(judged: Judged, mask: Float[Array | np.ndarray, " batch"]) -> Sums:
-    """Sums over the examples whose mask is 1. Those whose mask is 0 count for nothing, whatever
-    they hold.
-    """
+    """Sums over the examples whose mask is 1. Those with mask 0 are ignored, even if NaN."""
     counts = lambda values: per_example(mask > 0, values)
     figures, disagreements = jax.tree.map(
         lambda x: jnp.sum(jnp.where(counts(x), x, 0), axis=0), tuple(judged)
@@ -95,18 +93,18 @@ def measure_batch(
     key: PRNGKeyArray | None = None,
     **settings: Any,
 ) -> Sums:
-    """The sums over one batch: `attack`, `judge` and `sum_up`, one after the other, for those who
-    compile nothing apart.
+    """The sums over one batch: `attack`, `judge` and `sum_up`, for callers that do not compile
+    them separately.
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
       inputs: any rank, floating.
       labels: the true classes.
       mask: 1 for examples that count and 0 for padding.
-      names: of MEASUREMENTS, in any order.
+      names: keys of MEASUREMENTS, in any order.
       bounds: (lower, upper), numbers or arrays that broadcast to one example, for FGSM, PGD and
         C&W, which needs them.
-      key: for PGD's random starts, where `pgd_seed` asks for them.
+      key: for PGD's random starts, if `pgd_seed` is given.
       settings: fields of Settings, for example num_steps=50.
     """
     problem, chosen = Problem(logits_fn, inputs, labels, bounds, key), Settings(**settings)
@@ -120,12 +118,15 @@ def add(first: Sums, second: Sums) -> Sums:
 
 
 def summarize(sums: Sums) -> Summary:
-    """Means over all examples, by the names of `judge`'s figures, and "num_examples" first.
+    """The number of examples, "num_examples", and the means over them, by `judge`'s names.
 
-    Accuracies, successes and the points of "fgsm_curve", a list, are shares in 0..1; "rho_l2" =
-    mean ||D||_2 / ||x||_2; "l2" = mean ||D||_2, in the units of the inputs; "deepfool_steps" is the
-    mean number of steps. "deepfool_disagreements" and so on: how many times an attack's own success
-    was not what a plain forward pass said. No examples at all: ValueError.
+    Accuracies, successes and the points of "fgsm_curve" (a list) are shares in 0..1; "rho_l2" is
+    the mean of ||D||_2 / ||x||_2; "l2" the mean of ||D||_2, in the units of the inputs;
+    "deepfool_steps" the mean number of steps. "deepfool_disagreements" and so on are the numbers of
+    examples for which the attack's own success differs from the forward pass.
+
+    Raises:
+      ValueError: there are no examples.
     """
     examples = float(sums.examples)
     if examples == 0:
@@ -143,13 +144,14 @@ def summarize(sums: Sums) -> Summary:
 
 
 def disagreements_name(name: str) -> str:
-    """How a summary calls the number of disagreements of a measurement."""
+    """The name, in a summary, of a measurement's number of disagreements."""
     return f"{name}_disagreements"
 
 
 def remarks(summary: Summary, label: str) -> list[str]:
-    """A sentence for every attack whose own success was not always what a plain forward pass said;
-    `label`: of the net.
+    """A sentence for every attack whose own success differed from a plain forward pass.
+
+    label: the name of the net.
     """
     sentences = []
     for name, measurement in MEASUREMENTS.items():

@@ -1,10 +1,10 @@
-"""Asks the net again: what a plain forward pass says of an attack's perturbations.
+"""Verification of an attack's perturbations by a plain forward pass.
 
-An attack that says that it succeeded can be wrong, and so can the compiler that built it: on jaxlib
-0.10.2 one XLA flag made C&W return perturbations that fool nothing, with success everywhere. So
-every size, success and accuracy that dd_jax reports comes from here: from the perturbation itself,
-seen by the net as the user wrote it, in a program compiled apart from the attack's. Under one
-`jax.jit` together with the attack these functions still compute the same, but prove less.
+An attack's own success can be wrong, and so can the compiled program: with jaxlib 0.10.2, one XLA
+flag made C&W return perturbations that fool nothing, with success everywhere. Therefore every size,
+success and accuracy that dd_jax reports comes from the perturbation itself, given to the user's net
+in a program that is compiled separately from the attack. Under one `jax.jit` together with the
+attack, these functions compute the same but verify less.
 """
 
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.norms import Bounds, Norm, lp_norm, stay_within
 from dd_jax.types import LogitsFn
 
-ROUNDING = 8  # Units of precision by which a bound or a ball may be left.
-NO_CLASS = -1  # Of logits that are not numbers.
+ROUNDING = 8
+"""Units of precision by which a perturbation may exceed a bound or a ball."""
+NO_CLASS = -1
+"""The class of logits that are NaN."""
 
 
 def predicted_classes(
     logits_fn: LogitsFn, inputs: Float[Array, "batch ..."]
 ) -> Int[Array, " batch"]:
-    """The class of the largest logit, the first one among ties; -1 where a logit is not a
-    number.
-    """
+    """The class of the largest logit, the first one among ties; -1 where a logit is NaN."""
     logits = logits_fn(inputs)
     classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), NO_CLASS, classes)
@@ -38,23 +38,22 @@ def is_fooled(
     epsilon: float | None = None,
     norm: Norm = "linf",
 ) -> Bool[Array, " batch"]:
-    """Whether inputs + perturbation has another class than `classes`, and the perturbation is one
-    that was asked for.
+    """Whether inputs + perturbation is not classified as `classes`, and the perturbation is
+    allowed.
 
     Args:
-      logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row; here one forward
-        pass.
-      inputs, perturbation: of one shape, in the same space.
-      classes: the classes to leave: the labels, or what `predicted_classes` says of the inputs.
-      bounds: (lower, upper), numbers or arrays that broadcast to one example. What leaves them by
-        more than rounding did not succeed; an input that is out of bounds may stay where it is.
-        None: no bounds.
-      epsilon, norm: the largest ||perturbation||_p, in the units of the inputs. None: any.
+      logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row. It is called once.
+      inputs, perturbation: of the same shape, in the same space.
+      classes: the classes to leave: the labels, or `predicted_classes(logits_fn, inputs)`.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example. A perturbation that
+        exceeds them by more than rounding does not succeed; an input that is out of bounds may stay
+        where it is. None: no bounds.
+      epsilon, norm: the largest allowed ||perturbation||_p, in the units of the inputs. None: any.
 
     Returns:
-      One truth value per example. False where the perturbation is not finite, where it breaks the
-      bounds or epsilon, and where a logit is not a number. Zero perturbations succeed where the
-      input is misclassified already.
+      One truth value per example. False where the perturbation is not finite or exceeds the bounds
+      or epsilon, and where a logit is NaN. A zero perturbation succeeds where the input is
+      misclassified already.
     """
     after = predicted_classes(logits_fn, inputs + perturbation)
     return (
@@ -71,8 +70,8 @@ def is_allowed(
     epsilon: float | None,
     norm: Norm,
 ) -> Bool[Array, " batch"]:
-    """Whether each perturbation is finite and, up to rounding, within the bounds and the lp ball of
-    that radius.
+    """Whether each perturbation is finite and, up to rounding, within the bounds and within the lp
+    ball of radius epsilon.
     """
     precision = ROUNDING * float(jnp.finfo(perturbation.dtype).eps)
     axes = tuple(range(1, perturbation.ndim))
