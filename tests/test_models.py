@@ -1,5 +1,5 @@
-"""The paper's nets: their parameters, the authors' logits and gradients, and what dropout may and
-may not do.
+"""The paper's nets: their parameters, the authors' logits and gradients, and dropout with one mask
+for the whole batch.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""A run on image files: trained, ended by SIGTERM on four devices, taken up on one, measured; a
-corrupt image on the way.
+"""The examples of a run, in memory and from image files. A run on image files, one of them corrupt,
+is stopped by SIGTERM on four devices, resumed on one device, and measured.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dd_jax import parallel
+from dd_jax import data, parallel
 from dd_jax.data import pipeline
 from dd_jax.experiment import build, configuration, measuring
 
@@ -44,7 +44,7 @@ OVERRIDES = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Classes of one color each, in noise; the last image of class b is cut short."""
+    """Noisy images, each class in one color; the last image of class b is truncated."""
     random, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
     for split, count in (("train", PER_CLASS), ("val", 2)):
         for label in range(NUM_CLASSES):
@@ -116,6 +116,23 @@ def test_a_folder_of_one_class_is_refused(folder, tmp_path):
         match="There is one class only in .*; there must be two or more",
     ):
         built(tmp_path / "images", tmp_path / "run")
+
+
+def test_images_in_memory_are_cropped_with_their_own_value_of_black():
+    digits = data.load("digits", (8, 8, 1), train_limit=30, test_limit=3)
+    inputs, labels = digits.train_images / np.float32(255), digits.train_labels
+    options = dict(batch_size=10, seed=4)
+    batches = {}
+    for padding, black in ((0, 0.0), (2, 0.0), (2, 0.75)):
+        feed = pipeline.InMemory(digits, inputs, digits.test_images, False, padding, black)
+        with feed.training(num_steps=3, **options) as batch_of_step:
+            batches[padding, black] = batch_of_step(2)["image"]
+        expected = data.training_batch(
+            inputs, labels, step=2, crop_padding=padding, padding_value=black, **options
+        )
+        np.testing.assert_array_equal(batches[padding, black], expected["image"])
+    assert not np.array_equal(batches[0, 0], batches[2, 0])
+    assert not np.array_equal(batches[2, 0], batches[2, 0.75])
 
 
 def command(folder, workdir, num_devices, *more):

@@ -1,6 +1,4 @@
-"""Data sets of image files, and their batches: any number of workers and of processes gives the
-same ones.
-"""
+"""Data sets of image files. Their batches are the same for any number of workers and of processes."""
 
 import argparse
 import dataclasses
@@ -33,7 +31,7 @@ DAMAGED = "broken.jpg"
 
 
 def picture(path, number):
-    """Writes an image whose red says which it is, and whose green which column."""
+    """Writes an image whose red is the number of the image and whose green the column."""
     pixels = np.full((8, 10, 3), number, np.uint8)
     pixels[..., 1] = 20 * np.arange(10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +39,7 @@ def picture(path, number):
 
 
 def numbers(batch):
-    """Which images a batch holds; -1 for an empty place."""
+    """The numbers of the images of a batch; -1 for an empty row."""
     return [
         int(image[0, 0, 0]) if mask else -1
         for image, mask in zip(batch["image"], batch["mask"], strict=True)
@@ -444,7 +442,7 @@ def test_the_pace_tells_who_waits_for_whom(files):
 
 
 class Spying:
-    """Images whose failures tell what the worker has loaded."""
+    """Images that fail with a message that says what the worker has loaded."""
 
     def __init__(self, images):
         self.images = images
