@@ -1,6 +1,7 @@
 """Figures: they carry the data, name everything, cut nothing off, and are the same bytes each time."""
 
 import ast
+import itertools
 import json
 import pathlib
 
@@ -8,9 +9,10 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
+import skimage.color
 
 from dd_jax.results import plots
-from dd_jax.results._styles import LOOKS
+from dd_jax.results._styles import LABELS, LOOKS, STYLE, legend_names
 
 ROOT = pathlib.Path(__file__).parent.parent
 LONG = (
@@ -171,11 +173,10 @@ def test_nothing_is_cut_off_and_legends_cover_no_data(name, cases):
 
 
 def test_methods_have_readable_names_and_are_told_apart_without_color():
-    labels = {name: look.label for name, look in plots.looks(METHODS).items()}
-    assert (
-        labels["adversarial_fgsm"] == "Adv. Train II (FGSM)"
-        and labels["deep_defense_fgsm"] == "Deep Defense + FGSM"
-    )
+    names = legend_names(METHODS, None)
+    assert names["adversarial_fgsm"] == "Adv. Train II (FGSM)"
+    assert names["deep_defense_fgsm"] == "Deep Defense + FGSM" and names["trades"] == "trades"
+    assert {"adversarial_pgd", "trades", "mma", "amm"} < set(METHODS)
     known = list(LOOKS.values())
     assert len({look.marker for look in known}) == len({look.color for look in known}) == len(known)
     assert (
@@ -183,8 +184,76 @@ def test_methods_have_readable_names_and_are_told_apart_without_color():
         and len({look.dashes for look in known}) == len(known) - 1
     )
     unknown = plots.looks(["deep_defense", *(f"mine {i}" for i in range(12)), "clean"])
-    assert unknown["mine 3"].label == "mine 3" and unknown["clean"] == LOOKS["clean"]
-    assert len({look[1:] for look in unknown.values()}) == 14
+    assert (
+        legend_names(list(unknown), None)["mine 3"] == "mine 3"
+        and unknown["clean"] == LOOKS["clean"]
+    )
+    assert len(set(unknown.values())) == 14
+
+
+def linear(hexadecimal):
+    """Linear RGB of a color."""
+    encoded = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+
+
+# What is seen without one kind of cone, in linear RGB (Machado, Oliveira, Fernandes, 2009).
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colors_are_told_apart_by_the_color_blind(vision):
+    """CIEDE2000 distances; 2.3 is just noticeable in CIELAB."""
+    seen = np.clip([np.array(VISION[vision]) @ linear(x.color) for x in LOOKS.values()], 0, 1)
+    encoded = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    colors = skimage.color.rgb2lab(encoded)
+    for first, second in itertools.combinations(range(len(colors)), 2):
+        distance = skimage.color.deltaE_ciede2000(colors[first], colors[second])
+        assert distance > 9, (METHODS[first], METHODS[second])
+
+
+def test_the_caller_names_methods_and_strengths():
+    labels = {"clean": "Plain $x$", "mine": "_Mine"}
+    histories = {name: HISTORIES["clean"] for name in ("clean", "mine", "parseval")}
+    expected = ["Plain $x$", "_Mine", "parseval"]
+    curves = {name: SUCCESS["clean"] for name in histories}
+    points = {name: [(0.9, 0.1, 2)] for name in histories}
+    symbols = {"clean": "beta"}
+    figures = (
+        plots.training_over_epochs_figure(histories, labels=labels),
+        plots.success_over_epsilon_figure(curves, labels=labels),
+        plots.robustness_over_accuracy_figure(points, labels=labels, strength_symbols=symbols),
+    )
+    assert [legend_texts(figure) for figure in figures] == [expected] * 3
+    assert {note.get_text() for note in figures[2].axes[0].texts} == {"beta = 2", "2"}
+    examples = [plots.Example(name, IMAGE, 1, 0.1) for name in histories]
+    panels = plots.fooling_examples_figure(IMAGE, examples, labels=labels)
+    assert [axes.get_title().strip() for axes in panels.axes] == ["Original", *expected]
+
+
+def test_the_style_file_is_read_and_used():
+    assert STYLE["font.family"] == ["STIXGeneral", "DejaVu Sans"] and STYLE["pdf.fonttype"] == 42
+    figure = draw("success_over_epsilon")
+    assert figure.axes[0].xaxis.label.get_fontsize() == STYLE["axes.labelsize"] == 9
+    assert figure.axes[0].lines[0].get_linewidth() != STYLE["lines.linewidth"]  # The 50 % line.
+    assert figure.axes[0].lines[1].get_linewidth() == STYLE["lines.linewidth"] == 1.3
 
 
 def test_success_over_epsilon_carries_the_rates_in_order():
@@ -194,7 +263,10 @@ def test_success_over_epsilon_carries_the_rates_in_order():
         data_of(axes)["Parseval"],
         [(0, 1), (0.1, 10 + 2 * METHODS.index("parseval")), (0.2, 40), (0.3, 90)],
     )
-    assert list(data_of(axes)) == legend_texts(figure) == [look.label for look in LOOKS.values()]
+    names = list(legend_names(METHODS, None).values())
+    assert list(data_of(axes)) == legend_texts(figure) == names and set(LABELS.values()) < set(
+        names
+    )
     assert (
         axes.get_ylabel() == "FGSM success rate (%)"
         and "1/255" in axes.get_xlabel()
@@ -234,7 +306,7 @@ def test_robustness_over_accuracy_connects_what_was_swept_in_order():
     np.testing.assert_allclose(star.get_xydata(), [(98.3, 0.11)])
     assert axes.get_xlabel() == "Benign accuracy (%)" and r"\rho_2" in axes.get_ylabel()
     unknown = plots.robustness_over_accuracy_figure(
-        {"a": [(0.9, 0.2, 7), (0.8, 0.1, None)]}, swept={"a": "beta"}
+        {"a": [(0.9, 0.2, 7), (0.8, 0.1, None)]}, strength_symbols={"a": "beta"}
     )
     np.testing.assert_allclose(data_of(unknown.axes[0])["a"], [(90, 0.2), (80, 0.1)])
     assert [note.get_text() for note in unknown.axes[0].texts] == ["beta = 7"]
@@ -243,7 +315,7 @@ def test_robustness_over_accuracy_connects_what_was_swept_in_order():
 def test_notes_hide_no_point_and_no_other_note():
     crowd = {
         name: [(0.98 + 0.001 * i, 0.1 + 0.01 * i, 1), (0.99, 0.2 + 0.02 * i, 2)]
-        for i, name in enumerate(METHODS[3:])
+        for i, name in enumerate(METHODS[3:7])
     }
     (axes,) = plots.robustness_over_accuracy_figure(crowd).axes
     boxes = [note.get_window_extent() for note in axes.texts]
@@ -390,12 +462,13 @@ def test_errors_say_what_is_wrong_and_no_file_is_left(name, arguments, message, 
 
 
 def test_plots_need_neither_jax_nor_pyplot():
-    for path in (ROOT / "dd_jax" / "plots").glob("*.py"):
+    for name in ("plots", "_drawing", "_styles", "tables", "published"):
+        path = ROOT / "dd_jax" / "results" / f"{name}.py"
         nodes = list(ast.walk(ast.parse(path.read_text())))
         imported = [
             alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
         ]
         imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        for name in imported:
-            assert "pyplot" not in name and name.split(".")[0] != "jax"
-            assert name.split(".")[0] != "dd_jax" or name.startswith("dd_jax.results")
+        for module in imported:
+            assert "pyplot" not in module and module.split(".")[0] != "jax"
+            assert module.split(".")[0] != "dd_jax" or module.startswith("dd_jax.results")

@@ -1,1 +1,1 @@
-"""Reports, tables and plots, from dictionaries of figures: no net and no device is needed."""
+"""Reports, tables and plots from dictionaries of figures. No net and no device is needed."""

@@ -1,4 +1,4 @@
-"""What the paper reports (supplement, Tables 2 to 4), to be printed beside what is measured.
+"""The paper's figures (supplement, Tables 2 to 4), to be printed beside measured figures.
 
 l_2 under DeepFool and under C&W, rho_inf under FGSM, accuracy under PGD (l_inf, epsilon 0.1 on
 MNIST, 0.01 on CIFAR-10) and PASS, in the input spaces that `dd_jax.data` describes.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Figures(NamedTuple):
-    """One row of the paper's tables. Higher is more robust, but for PASS. None: not reported."""
+    """One row of the paper's tables. Higher is more robust, except for PASS. None: not reported."""
 
     l2_deepfool: float
     rho_linf_fgsm: float
@@ -72,10 +72,10 @@ def lookup(
     input_space: str,
     pgd_epsilon: float | None = None,
 ) -> Figures | None:
-    """The paper's row for a method on a net and data set; None where the paper has none.
+    """The paper's row for a method on a net and a data set; None if the paper has none.
 
-    Sizes of perturbations compare within one input space only: None for another one than the
-    paper's, and no accuracy under PGD for another epsilon.
+    Sizes of perturbations can only be compared within one input space, so the result is None for
+    another input space than the paper's. It has no accuracy under PGD for another epsilon.
     """
     row = TABLE.get((data_name, model_name), {}).get(method)
     if row is None or input_space != INPUT_SPACES[data_name, model_name]:

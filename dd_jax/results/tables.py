@@ -1,4 +1,4 @@
-"""The paper's table from measured figures, each with the paper's own beside it, as text and as
+"""The paper's table from measured figures, with the paper's figures in brackets, as text and as
 Markdown.
 """
 
@@ -9,8 +9,10 @@ from dd_jax.results.published import Figures
 
 
 class Column(NamedTuple):
-    """A figure: its heading, its name in what was measured, how it is written, and the paper's name
-    for it if any.
+    """One figure of the table.
+
+    `name`: its key in the measured figures. `form`: its format string. `published`: its field in
+    the paper's `Figures`, if it has one.
     """
 
     heading: str
@@ -20,7 +22,7 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A net: what it is called, what was measured of it, and what the paper says of its like."""
+    """One net: its label, its measured figures, and the paper's figures for the same method."""
 
     label: str
     measured: Mapping[str, Any]
@@ -28,7 +30,9 @@ class Row(NamedTuple):
 
 
 FGSM_FRACTIONS = (0.2, 0.5, 1.0)
-"""Of epsilon_ref, the epsilon at which half of the images fall for the Deep Defense net."""
+"""Fractions of epsilon_ref, the epsilon with which FGSM fools the Deep Defense net on half of the
+images.
+"""
 
 
 def fgsm_name(fraction: float) -> str:
@@ -54,7 +58,7 @@ PAPERS = "in brackets: the paper's"
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """For a terminal: aligned columns; a column that nobody has measured is left out."""
+    """The table for a terminal, with aligned columns. Columns without measurements are left out."""
     cells = _cells(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -68,14 +72,14 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """For a README: the same columns."""
+    """The table for a README, with the same columns."""
     first, *others = _cells(rows)
     lines = [first, ["---", *("---:" for _ in first[1:])], *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def has_published(rows: Sequence[Row]) -> bool:
-    """Whether any figure of the paper stands in the rows' table."""
+    """Whether the table of these rows has any figure of the paper."""
     return any(
         _published(row, column) is not None for row in rows for column in _measured_columns(rows)
     )
