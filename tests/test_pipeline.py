@@ -63,7 +63,8 @@ def built(folder, workdir, *more):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         overrides = [f"--config.{x}" for x in (*OVERRIDES, f"data.dir={folder}", *more)]
-        return build.build(configuration.read(str(ROOT / "configs/default.py"), overrides), workdir)
+        config = configuration.read(str(ROOT / "configs/default.py"), overrides)
+        return build.build_run(config, workdir)
 
 
 def test_image_files_feed_a_run_as_arrays_do(folder, tmp_path):
@@ -87,8 +88,8 @@ def test_image_files_feed_a_run_as_arrays_do(folder, tmp_path):
     ) and examples.limits == pytest.approx((-2.1179, 2.64), abs=1e-4)
     masks = [batch["mask"].tolist() for batch in examples.batches(5, 4)]
     assert masks == [[1, 1, 1, 1], [1, 0, 0, 0]]
-    state = parallel.replicate(build.untrained(parts, build.make_stage(parts, "reference")))
-    found = measuring.measure(parts, state, limit=5, quiet=True)
+    state = parallel.replicate(parts.stages["reference"].make_state())
+    found = measuring.measure_state(parts.evaluator, state, limit=5, quiet=True)
     assert found["num_examples"] == 5 and found["rho_l2"] > 0
 
 
@@ -193,7 +194,8 @@ def test_a_run_asked_to_end_on_four_devices_goes_on_on_one(folder, tmp_path):
 
 WANT_ALL_IMAGES_FIRST = {
     "data.preprocessing=mean_image": "of images that are streamed it can be none, caffe, torchv",
-    "reference.center_on=20": "reference.center_on needs images in memory",
+    "reference.center_on=20": "reference.center_on is 20, which needs images in memory",
+    "data.crop_padding=4": "data.crop_padding is 4, which needs images in memory",
 }
 
 
