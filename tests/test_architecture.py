@@ -10,7 +10,6 @@ import io
 import pathlib
 import subprocess
 import sys
-import textwrap
 import tokenize
 
 import pytest
@@ -33,8 +32,14 @@ CORE = (
     "dd_jax.attacks._arguments",
     "dd_jax.attacks._deepfool_step",
     "dd_jax.attacks._deepfool",
+    "dd_jax.attacks._ascent",
     "dd_jax.attacks._gradient_sign",
+    "dd_jax.attacks._carlini_wagner_problem",
     "dd_jax.attacks._carlini_wagner",
+    "dd_jax.attacks._minimum_norm",
+    "dd_jax.attacks._ddn",
+    "dd_jax.attacks._fmn",
+    "dd_jax.attacks._superdeepfool",
     "dd_jax.attacks",
     "dd_jax.penalties",
     "dd_jax._margin",
@@ -52,34 +57,35 @@ TRAINING = (
     "dd_jax.parallel",
     "dd_jax.data",
     "dd_jax.evaluation",
-    "dd_jax.training.checkpoints",
-    "dd_jax.training.train_step",
     "dd_jax.training",
-    "dd_jax.results._styles",
-    "dd_jax.results._drawing",
-    "dd_jax.results.plots",
-    "dd_jax.results.published",
-    "dd_jax.results.tables",
     "dd_jax.results",
     "dd_jax.experiment.configuration",
     "dd_jax.experiment.sweeps",
-    "dd_jax.experiment.command_line",
-    "dd_jax.experiment.build",
+    "dd_jax.experiment.inputs",
     "dd_jax.experiment.measuring",
+    "dd_jax.experiment.plans",
+    "dd_jax.experiment.build",
+    "dd_jax.experiment.reporting",
     "dd_jax.experiment.runs",
-    "dd_jax.results.reports",
+    "dd_jax.experiment.figures",
     "dd_jax.experiment.comparison",
+    "dd_jax.experiment.command_line",
     "dd_jax.experiment",
 )
 ORDER = CORE + TRAINING
 CORE_MAY_IMPORT = {"jax", "jaxtyping", "numpy"} | sys.stdlib_module_names
 NOT_IN_THE_CORE = ("flax", "optax", "orbax", "tensorflow_datasets", "grain", "ml_collections")
 ONLY_IN = {
-    "orbax": ("dd_jax.training.checkpoints",),
+    "orbax": ("dd_jax.training",),
     "tensorflow_datasets": ("dd_jax.data",),
     "grain": ("dd_jax.data",),
-    "ml_collections": ("dd_jax.experiment.configuration", "dd_jax.experiment.build"),
-    "matplotlib": ("dd_jax.results.plots", "dd_jax.results._drawing", "dd_jax.results._styles"),
+    "ml_collections": (
+        "dd_jax.experiment.configuration",
+        "dd_jax.experiment.inputs",
+        "dd_jax.experiment.plans",
+        "dd_jax.experiment.build",
+    ),
+    "matplotlib": ("dd_jax.results",),
     "tensorboardX": ("dd_jax.log",),
 }
 PROCESS_NAMES = {"pmap", "process_index", "process_count"}  # What only `parallel` may say.
@@ -185,12 +191,49 @@ def test_only_parallel_knows_of_several_devices(module):
     )
 
 
+READS_CONFIGURATIONS = "dd_jax.experiment"
+
+
+@each_module
+def test_configurations_stop_in_the_experiment_package(module):
+    """No other module imports or reads one, under whatever name it is passed on."""
+    if module.startswith(READS_CONFIGURATIONS):
+        return
+    read = {
+        ast.unparse(node)
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Attribute) and node.attr in ("config", "configuration")
+    }
+    # A report holds a copy of the configuration as a record.
+    assert read <= {"jax.config", "report.config"}, f"{module} reads {read}."
+    arguments = {node.arg for node in ast.walk(TREES[module]) if isinstance(node, ast.arg)}
+    assert not arguments & {"config", "configuration"}, f"{module} is given a configuration."
+
+
+def test_in_the_experiment_package_runs_hold_no_configuration():
+    """`build` resolves it; what comes after works with plans."""
+    after = ("measuring", "reporting", "runs", "figures", "comparison")
+    for name in after:
+        tree = TREES[f"dd_jax.experiment.{name}"]
+        read = [n for n in ast.walk(tree) if getattr(n, "attr", getattr(n, "arg", "")) == "config"]
+        assert {ast.unparse(node) for node in read} <= READ_AS_A_RECORD, name
+
+
+READ_AS_A_RECORD = {
+    "config=facts.config",  # report.json's copy of it
+    "facts.config",
+    "run.facts.config",
+    "report.config",
+    "before.config",
+}
+
+
 def test_public_names_are_few_and_documented():
     assert sorted(dd_jax.__all__) == dd_jax.__all__ and len(dd_jax.__all__) <= 20
     for name in dd_jax.__all__:
         documented = (
             inspect.getdoc(getattr(dd_jax, name))
-            if name != "LogitsFn"
+            if name not in ("LogitsFn", "Solver")
             else alias_doc("dd_jax.types", name)
         )
         assert documented and len(documented) > 40, f"dd_jax.{name} has no docstring."
@@ -234,16 +277,22 @@ def test_what_is_public_is_typed_and_documented(module):
         )
 
 
+COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+TOKENS = {
+    module: [
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        if token.type in COUNTED
+    ]
+    for module, path in FILES.items()
+}
+"""Of each module the lines on which its tokens begin."""
+
+
 def tokens_of(module, node):
     """The number of tokens in a function's body, its docstring, comments and layout left out."""
-    lines = FILES[module].read_text().splitlines(keepends=True)
     body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
-    text = textwrap.dedent("".join(lines[body[0].lineno - 1 : node.end_lineno]))
-    found = tokenize.generate_tokens(io.StringIO(text).readline)
-    return sum(
-        token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
-        for token in found
-    )
+    return sum(body[0].lineno <= line <= node.end_lineno for line in TOKENS[module])
 
 
 @each_module

@@ -270,18 +270,16 @@ def test_evaluating_what_is_no_finished_run_costs_one_sentence(finished, tmp_pat
         assert f"{path} is not a run directory" in refused(tmp_path, "evaluate", "--workdir", path)
     run_directory = shutil.copytree(finished[0], tmp_path / "run")
     (run_directory / "report.json").unlink()
-    journal = (run_directory / "metrics.jsonl").read_text().splitlines(keepends=True)
-    # As they were on the way.
-    for lines, stage in ((journal[:-1], "defended"), (journal[:1], "reference")):
-        (run_directory / "metrics.jsonl").write_text("".join(lines))
+    # As they were on the way: the last stage is looked at last.
+    for folder, stage in (("defended/8", "defended"), ("reference/12", "reference")):
+        shutil.rmtree(run_directory / "checkpoints" / folder)
         message = refused(tmp_path, "evaluate", "--workdir", run_directory)
-        assert (
-            f"{run_directory} has no finished {stage} net; let train.py go on to its end."
-            in message
-        )
-    (run_directory / "metrics.jsonl").write_text("".join(journal))
-    shutil.rmtree(run_directory / "checkpoints/defended")
-    assert "There is no checkpoint in " in refused(tmp_path, "evaluate", "--workdir", run_directory)
+        said = f"{run_directory} has no finished {stage} net; rerun train.py on it to its end."
+        assert said in message
+    shutil.rmtree(run_directory / "checkpoints")
+    assert "has no finished reference net" in refused(
+        tmp_path, "evaluate", "--workdir", run_directory
+    )
 
 
 def test_a_training_that_diverges_names_the_steps_and_saves_nothing_of_them(tmp_path):

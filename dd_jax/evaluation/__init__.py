@@ -4,9 +4,10 @@ evaluator = evaluation.Evaluator(apply_fn, data.in_memory(images, labels))
 evaluator.measure(variables, names=("deepfool", "fgsm", "pgd"))
 """
 
-from dd_jax.evaluation.evaluate import NAMES, ApplyFn, Evaluator, in_two_programs
+from dd_jax.evaluation.evaluate import NAMES, Evaluator
 from dd_jax.evaluation.measurements import MEASUREMENTS, Settings
 from dd_jax.evaluation.metrics import Summary, remarks
+from dd_jax.evaluation.programs import ApplyFn, in_two_programs
 
 __all__ = [
     "MEASUREMENTS",

@@ -12,6 +12,8 @@ from dd_jax.experiment.measuring import variables_of
 from dd_jax.results import plots
 from dd_jax.results.report import DEFENDED, Report, rows
 
+LABELS = {name: defense.label for name, defense in defenses.DEFENSES.items()}
+SYMBOLS = {name: defense.swept_symbol for name, defense in defenses.DEFENSES.items()}
 # Figure 7 shows a 0, the first that all nets classify rightly, among so many images.
 EXAMPLE_CANDIDATES, EXAMPLE_LABEL = 200, 0
 Curve = dict[str, list[float]]
@@ -41,8 +43,13 @@ def draw_run(workdir: pathlib.Path, report: Report) -> pathlib.Path | None:
     if trained:
         plots.single_run(folder, lines)
     if curves:
-        plots.success_over_epsilon(folder, curves)
+        plots.success_over_epsilon(folder, curves, labels=_legend_labels(list(curves)))
     return folder if trained or curves else None
+
+
+def _legend_labels(names: Sequence[str]) -> dict[str, str]:
+    """The labels of defenses and of the reference; other nets keep their own names."""
+    return {"reference": "Reference"} | {name: LABELS[name] for name in names if name in LABELS}
 
 
 def _curves(measured: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -57,16 +64,19 @@ def _curves(measured: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float],
 
 def draw_comparison(nets: Sequence[Net], out: pathlib.Path) -> None:
     """Figures 5 to 8, as far as the runs hold what they show."""
+    labels = _legend_labels([net.label for net in nets])
     if curves := _curves({net.label: net.measured for net in nets}):
-        plots.success_over_epsilon(out, curves, unit=nets[0].run.facts.input_unit)
+        unit = nets[0].run.facts.input_unit
+        plots.success_over_epsilon(out, curves, unit=unit, labels=labels)
     if points := strengths(nets):
-        plots.robustness_over_accuracy(out, points)
+        options = dict(strength_symbols=SYMBOLS, labels=labels)
+        plots.robustness_over_accuracy(out, points, **options)
     histories = {net.label: epochs(net) for net in nets if net.stage == DEFENDED}
     if histories := {label: history for label, history in histories.items() if history}:
-        plots.training_over_epochs(out, histories)
+        plots.training_over_epochs(out, histories, labels=labels)
     if (found := fooling_examples(nets)) is not None:
         image, examples, label = found
-        plots.fooling_examples(out, image, examples, label=label)
+        plots.fooling_examples(out, image, examples, label=label, labels=labels)
 
 
 def strengths(nets: Sequence[Net]) -> dict[str, list[tuple[float, float, float | None]]]:
