@@ -1,8 +1,8 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard curves and progress bars.
+"""The output of a running experiment: metrics.jsonl, TensorBoard curves and progress bars.
 
-metrics.jsonl holds a line of JSON for every logged interval, epoch and measurement, each with its
-stage. The curves for TensorBoard are the same numbers, by tensorboardX (`pip install
-'dd_jax[tensorboard]'`), which needs no TensorFlow.
+metrics.jsonl has a line of JSON with the stage for every logged interval, epoch and measurement.
+The TensorBoard curves show the same numbers. They are written by tensorboardX (`pip install
+'dd_jax[tensorboard]'`), which does not need TensorFlow.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ NOT_CURVES = ("stage", "step")
 
 
 def append_line(workdir: pathlib.Path, line: dict[str, Any]) -> None:
-    """Adds a line; it has at least "stage" and "step"."""
+    """Appends a line, which must have "stage" and "step"."""
     with (workdir / FILE_NAME).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read_lines(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines; a last one that a killed run left unfinished is passed over."""
+    """The lines. An incomplete last line of a killed run is skipped."""
     path = workdir / FILE_NAME
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -36,9 +36,7 @@ def read_lines(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def forget_lines_after(workdir: pathlib.Path, stage: str, step: int) -> None:
-    """Drops what a stage logged after `step`: those steps were not saved and are about to be taken
-    again.
-    """
+    """Removes a stage's lines after `step`: those steps were not saved and will be repeated."""
     path = workdir / FILE_NAME
     if path.exists():
         kept = [
@@ -50,7 +48,7 @@ def forget_lines_after(workdir: pathlib.Path, stage: str, step: int) -> None:
 
 
 def is_tensorboard_installed() -> bool:
-    """Whether curves can be written."""
+    """Whether tensorboardX is installed, so that curves can be written."""
     return importlib.util.find_spec("tensorboardX") is not None
 
 
@@ -58,11 +56,10 @@ def is_tensorboard_installed() -> bool:
 def open_curves(
     folder: pathlib.Path, first_step: int
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Within it, a function that adds the numbers of a line of metrics.jsonl at its step; nested
-    ones as "test/accuracy".
+    """Yields a function that adds the numbers of a line of metrics.jsonl to the curves.
 
-    A run that goes on at `first_step` replaces what was written of later steps. ImportError without
-    tensorboardX.
+    Nested numbers get names such as "test/accuracy". A run that resumes at `first_step` replaces
+    the curves of later steps. Raises ImportError if tensorboardX is not installed.
     """
     from tensorboardX import SummaryWriter
 
@@ -78,7 +75,7 @@ def open_curves(
 
 
 def numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The names and values of all numbers in a line, but for its step."""
+    """The names and values of all numbers in a line, except its step."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{name}/")
@@ -87,8 +84,9 @@ def numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def progress(description: str, total: int, unit: str, **options: Any) -> tqdm:
-    """A progress bar with the time left; seldom redrawn where the output is not a terminal. Options
-    are tqdm's.
+    """A progress bar with the remaining time. `options` are tqdm's.
+
+    It is redrawn every 10 seconds if the output is not a terminal.
     """
     options |= {
         "mininterval": 0.2 if sys.stderr.isatty() else 10,

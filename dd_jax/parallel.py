@@ -1,8 +1,8 @@
-"""Several devices and several hosts: the only module that knows pmap and processes.
+"""Runs steps on several devices and hosts. No other module uses pmap or processes.
 
-Every process runs the same program. A step is a function of a replicated state and of one device's
-share of the batch; what it adds up over its examples, `sum_over_devices` adds up over all of them.
-Nothing else is communicated, so each device ends the loops of its attacks by itself.
+Every process runs the same program. A step is a function of a replicated state and one device's
+share of the batch. It sums over its examples, and `sum_over_devices` sums over all devices. Nothing
+else is communicated, so each device ends the loops of its attacks independently.
 
     step = parallel.on_all_devices(step, donate_state=True)
     state = parallel.replicate(state)
@@ -26,26 +26,27 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
-SECONDS_FOR_THE_OTHERS = 3.0  # What those that fail together have to say why.
+SECONDS_FOR_THE_OTHERS = 3.0  # Time for other processes to print why they fail.
 
 
 class Terminated(Exception):
-    """The process was asked to end, and what it had done is saved."""
+    """The process was asked to end, and its progress is saved."""
 
 
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes. Before JAX's first computation; without arguments SLURM, TPU pods
-    and the like are recognized by `jax.distributed`.
+    """Connects to the other processes. Call it before JAX's first computation.
+
+    Without arguments `jax.distributed` detects the environment, such as SLURM or a TPU pod.
 
     Args:
-      coordinator: HOST:PORT of process 0, reachable from all.
-      num_processes, process_id: how many there are, and which this is, counted from 0.
+      coordinator: HOST:PORT of process 0, reachable from all processes.
+      num_processes, process_id: the number of processes, and the index of this one, from 0.
 
     Raises:
-      ValueError: some but not all of the three are given, the coordinator is no HOST:PORT, or the
-        number is out of range.
+      ValueError: some but not all of the three are given, the coordinator is not HOST:PORT, or the
+        index is out of range.
     """
     given = (coordinator, num_processes, process_id)
     if any(x is None for x in given) and any(x is not None for x in given):
@@ -54,17 +55,21 @@ def initialize(
             "them."
         )
     if coordinator is not None and not 0 <= process_id < num_processes:
-        raise ValueError(f"process_id is {process_id}; it must be within 0..{num_processes - 1}.")
+        raise ValueError(
+            f"process_id is {process_id}; it must be within 0..{num_processes - 1}. Give each "
+            f"process its own index."
+        )
     if coordinator is not None and not _is_host_and_port(coordinator):
         raise ValueError(
-            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, such as "
-            f"10.0.0.1:1234."
+            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0. Give for "
+            f"example 10.0.0.1:1234."
         )
     if hasattr(jax.config, "jax_enable_preemption_service"):
-        # It would keep SIGTERM from all but `Termination`.
+        # The service handles SIGTERM itself; `Termination` would not see it.
         jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(*given)
-    # All wait for all here: a process that fails later finds none that waits for its devices.
+    # All processes wait for each other here, so that none waits for the devices of one that fails
+    # later.
     jax.devices()
 
 
@@ -74,50 +79,52 @@ def _is_host_and_port(text: str) -> bool:
 
 
 def is_one_of_several() -> bool:
-    """Whether `initialize` was called, so that this process's end concerns others."""
+    """Whether `initialize` was called, so that the end of this process affects others."""
     return jax.distributed.is_initialized()
 
 
 def end_process(code: int) -> None:
-    """Ends this process without waiting for the others, which Python's own way does for minutes,
-    nor for its `finally`s.
+    """Ends this process without waiting for the others, and without its `finally` blocks.
+
+    A normal exit of Python would wait for the others for minutes.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_primary():  # The others cannot go on without it, and may have something to say before.
+    if is_primary():  # The others end with this one; they may print their errors first.
         time.sleep(SECONDS_FOR_THE_OTHERS)
     os._exit(code)
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes logs and reports."""
+    """Whether this process writes the logs and reports."""
     return jax.process_index() == 0
 
 
 def num_devices() -> int:
-    """Devices of all processes together."""
+    """The number of devices of all processes."""
     return jax.device_count()
 
 
 def my_share() -> tuple[int, int]:
-    """(which, of how many): the share of every batch that this process reads."""
+    """(index, count): the share of every batch that this process reads."""
     return jax.process_index(), jax.process_count()
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has come to the point of that name."""
+    """Returns once every process has called it with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_of_us(flag: bool) -> bool:
-    """Whether it is so for any process; all of them ask together."""
+    """Whether the flag is true in any process. All processes must call it together."""
     return bool(np.any(of_all([float(flag)])))
 
 
 def of_all(numbers: Sequence[float]) -> np.ndarray:
-    """What every process says, float32 (processes, numbers); all of them ask together, and wait for
-    their devices.
+    """The numbers of all processes, float32 (processes, numbers).
+
+    All processes must call it together, and wait for their devices.
     """
     mine = np.array(numbers, np.float32)
     return (
@@ -128,15 +135,16 @@ def of_all(numbers: Sequence[float]) -> np.ndarray:
 
 
 def replicate(tree: Any) -> Any:
-    """Arrays on every device of this process, as `on_all_devices` takes and returns states."""
+    """Copies arrays to every device of this process, as `on_all_devices` needs its state."""
     return jax.device_put(
         tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
     )
 
 
 def as_global(tree: Any) -> Any:
-    """Replicated arrays as arrays of all processes, for checkpoints; nothing is copied. One
-    process: as they are.
+    """Turns replicated arrays into arrays of all processes, for checkpoints. Copies nothing.
+
+    With one process it returns them unchanged.
     """
     if jax.process_count() == 1:
         return tree
@@ -151,25 +159,23 @@ def as_global(tree: Any) -> Any:
 
 
 def share_of(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's examples of a batch that all processes know whole: the first of each
-    `process_count`, and so on.
+    """This process's examples of a batch that all processes have: every `process_count`-th one.
 
-    A batch that does not divide is filled up first, see `fill_up`.
+    `fill_up` first fills up a batch whose size is not a multiple of the number of processes.
     """
     index, count = my_share()
     return {name: values[index::count] for name, values in fill_up(batch, count).items()}
 
 
 def fill_up(batch: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
-    """Adds examples until their number is a multiple: copies of the first, with mask 0, so that
-    they count for nothing.
+    """Adds examples until their number is a multiple of `multiple`.
 
-    (A copy and not zeros: what a loss makes of zeros need not be finite.) An empty batch:
-    ValueError.
+    They are copies of the first example with mask 0, so they do not count. They are not zeros,
+    because a loss of zeros may be infinite. Raises ValueError for an empty batch.
     """
     size = len(batch["mask"])
     if not size:
-        raise ValueError("A batch must have at least one example.")
+        raise ValueError("A batch must have at least one example, and this one is empty; skip it.")
     missing = -size % multiple
     if not missing:
         return dict(batch)
@@ -182,26 +188,27 @@ def fill_up(batch: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndar
 
 
 def sum_over_devices(tree: Any) -> Any:
-    """Sums over all devices of all processes, within a function that `on_all_devices` runs."""
+    """Sums over all devices of all processes, inside a function that `on_all_devices` runs."""
     return lax.psum(tree, AXIS)
 
 
 def on_all_devices(
     function: Callable, *, donate_state: bool = False, split_into: int = 1
 ) -> Callable:
-    """Compiles `function(state, batch, *others)` for all devices: each has the state, the others,
-    and a share of the batch.
+    """Compiles `function(state, batch, *others)` for all devices.
+
+    Each device gets the state, the others, and a share of the batch.
 
     Args:
-      function: returns what is the same on every device, because it passed `sum_over_devices` or
-        depends on the state alone.
-      donate_state: the state's memory becomes that of the result.
-      split_into: every device's share is a multiple of this.
+      function: its results must be equal on every device: they come from `sum_over_devices` or
+        depend on the state alone.
+      donate_state: reuse the state's memory for the result.
+      split_into: the size of every device's share is a multiple of this.
 
     Returns:
-      The compiled function of this process's share of the batch, a mapping of arrays with "mask"
-      among them, of any number of examples. Where they do not divide among its devices, they are
-      filled up with masked ones.
+      The compiled function. Its batch is this process's share, a mapping of arrays that includes
+      "mask", with any number of examples. Masked examples fill it up to a multiple of the number
+      of devices.
     """
     mapped: dict[int, Callable] = {}
 
@@ -220,21 +227,20 @@ def on_all_devices(
 
 
 def sums_and_rows(attack: Callable, judge: Callable) -> Callable:
-    """Compiles two programs for all devices of all processes, for measurements: `attack(shared,
-    batch) -> found`, and `judge(shared, batch, found) -> (sums, rows)`.
+    """Compiles the two programs of a measurement for all devices of all processes.
 
-    Each device has `shared` and a share of the batch, and what an attack finds stays on it. The
-    sums are added up over all devices, and the rows (arrays with an axis of examples, or None) put
-    back together. Every process gives the whole batch, of any size, and gets the same; where the
-    batch does not divide among the devices, masked examples at its end are added, and are among the
-    rows.
+    They are `attack(shared, batch) -> found` and `judge(shared, batch, found) -> (sums, rows)`.
+    Each device gets `shared` and a share of the batch, and keeps what its attack found. The sums
+    are added over all devices. The rows (arrays with an axis of examples, or None) are gathered.
+    Every process passes the same whole batch, of any size, and gets the same results. Masked
+    examples at its end fill it up to a multiple of the number of devices; the rows include them.
     """
     mapped = _sums_and_rows(attack, judge)
 
     def call(shared: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         _, count = my_share()
         sums, rows = mapped(shared, share_of(fill_up(batch, count * jax.local_device_count())))
-        # Gathered as (process, row of its share, ...); its shares are interleaved.
+        # The gathered rows are (process, row of its share, ...), and the shares are interleaved.
         if count > 1 and rows is not None:
             gathered = multihost_utils.process_allgather(rows)
             rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), gathered)
@@ -244,8 +250,9 @@ def sums_and_rows(attack: Callable, judge: Callable) -> Callable:
 
 
 def sums_over_shares(attack: Callable, judge: Callable) -> Callable:
-    """As `sums_and_rows`, of batches that each process reads its own share of; the rows come
-    process by process.
+    """`sums_and_rows` for batches of which each process reads its own share.
+
+    The rows are ordered by process.
     """
     mapped = _sums_and_rows(attack, judge)
 
@@ -286,8 +293,9 @@ def _spread(batch: Mapping[str, np.ndarray], split_into: int) -> dict[str, np.nd
 def summed_in_parts(
     function: Callable[[Mapping[str, jax.Array]], Any], batch: Mapping[str, jax.Array], parts: int
 ) -> Any:
-    """The sum of function(part) over equal parts of a batch, one after the other: the memory of one
-    part is enough.
+    """The sum of function(part) over equal parts of a batch.
+
+    The parts are computed one after the other, with the memory of one part.
     """
     if parts == 1:
         return function(batch)
@@ -299,11 +307,13 @@ def summed_in_parts(
 
 
 class Termination:
-    """Whether this process was asked to end (SIGTERM), to be looked at between steps; a context
-    manager.
+    """A context manager that records whether this process was asked to end (SIGTERM).
 
-    Outside of it SIGTERM ends the process at once. Of several processes any may be asked: see
-    `of_all`.
+    Check `asked_for` between steps. Outside of the context SIGTERM ends the process at once. Any of
+    several processes may be asked: see `of_all`.
+
+    Not Orbax's `reached_preemption`: it is always False without `jax.distributed`, that is, in a
+    single process.
     """
 
     def __init__(self) -> None:
@@ -311,7 +321,7 @@ class Termination:
         self._before: Any = None
 
     def __enter__(self) -> "Termination":
-        # Python lets no other thread listen.
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
@@ -324,5 +334,5 @@ class Termination:
         self._asked = True
 
     def asked_for(self) -> bool:
-        """Whether this process was asked since it entered."""
+        """Whether this process was asked to end since the context was entered."""
         return self._asked

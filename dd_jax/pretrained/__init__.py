@@ -1,11 +1,11 @@
-"""Weights trained elsewhere, as Flax variables.
+"""Loads weights of other libraries as Flax variables.
 
     variables = pretrained.load("resnet18-f37072fd.pth", "resnet18")
     logits = models.create("resnet18").apply(variables, images)
 
-Reads PyTorch's files (without PyTorch, and without running anything that is in them), safetensors,
-Caffe's and MatConvNet's; `files.SUFFIXES` lists them. In a shell, `python -m dd_jax.pretrained
-in.pth --model resnet18 out.safetensors` converts one.
+Reads files of PyTorch (without PyTorch), safetensors, NumPy, Caffe and MatConvNet; `SUFFIXES` lists
+their suffixes. Corrupt or malicious weight files are rejected; no code in them runs. In a shell,
+`python -m dd_jax.pretrained in.pth --model resnet18 out.safetensors` converts a file.
 """
 
 from dd_jax.pretrained.errors import WeightsError

@@ -1,4 +1,4 @@
-"""Converts a file of weights to safetensors, under PyTorch's names and in its layout.
+"""Converts a weight file to safetensors, with PyTorch's names and layout.
 
 python -m dd_jax.pretrained in.pth --model resnet18 out.safetensors
 """
@@ -9,28 +9,29 @@ import sys
 
 from dd_jax import models
 from dd_jax.pretrained.errors import WeightsError
-from dd_jax.pretrained.files import SUFFIXES, checked_variables, read, save_safetensors
+from dd_jax.pretrained.files import SUFFIXES, checked_variables, read_arrays, save_safetensors
 
 TARGET_SUFFIX = ".safetensors"
 
 
 def convert(source: pathlib.Path, name: str, target: pathlib.Path) -> int:
-    """Writes the weights of the net of that name; returns how many arrays. WeightsError if they are
-    not that net's.
+    """Writes the weights of the net `name` to `target` and returns the number of arrays.
+
+    Raises WeightsError if the file does not hold this net's weights, or if `target` has another
+    suffix.
     """
     if target.suffix != TARGET_SUFFIX:
         raise WeightsError(
-            f"{target} would be written as safetensors; give it a name that ends in "
-            f"{TARGET_SUFFIX}."
+            f"{target} would be a safetensors file; give it a name that ends in {TARGET_SUFFIX}."
         )
-    arrays = read(source, name)
+    arrays = read_arrays(source, name)
     checked_variables(source, name, arrays)
     save_safetensors(target, arrays)
     return len(arrays)
 
 
 def main() -> None:
-    """Runs the command line; an error that the user can mend is one sentence and exit status 1."""
+    """Runs the command line. A WeightsError prints one sentence and exits with status 1."""
     parser = argparse.ArgumentParser(
         prog="python -m dd_jax.pretrained", description="Converts weights to safetensors."
     )
@@ -38,7 +39,7 @@ def main() -> None:
         "source", type=pathlib.Path, help=f"a file that ends in {', '.join(SUFFIXES)}"
     )
     parser.add_argument(
-        "--model", required=True, choices=models.NAMES, help="whose weights they are"
+        "--model", required=True, choices=models.NAMES, help="the net that the weights belong to"
     )
     parser.add_argument("target", type=pathlib.Path, help=f"a file that ends in {TARGET_SUFFIX}")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What is raised for weights that cannot be used."""
+"""The error for weight files that cannot be used, and the limit on their size."""
 
-# What a compressed file may come to, which can be a thousand times its size. AlexNet, the largest
-# net, has 0.5 GB of doubles.
+# The largest size of a compressed file's contents, which can be a thousand times the file's size.
+# AlexNet, the largest net, has 0.5 GB of doubles.
 MOST_UNCOMPRESSED = 2**30
 
 
 class WeightsError(ValueError):
-    """One sentence for the person who named the file: what is wrong with it, and what to do."""
+    """Says in one sentence what is wrong with a file and what the user can do."""

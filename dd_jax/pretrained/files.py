@@ -1,4 +1,4 @@
-"""Files of weights, by the suffix of their names."""
+"""Reads weight files by their suffix, and writes safetensors."""
 
 import math
 import os
@@ -24,50 +24,50 @@ SUFFIXES = {
     ".mat": "MatConvNet",
     ".npz": "NumPy with PyTorch's names",
 }
-# bytes of a tensor that is larger than its storage, as Tensor.expand makes them
+# Bytes of a tensor that is larger than its storage, which Tensor.expand creates.
 _MOST_EXPANDED = 2**12
 
 
 def load(path: str | os.PathLike, name: str) -> dict[str, Any]:
-    """Reads weights for the net of that name, one of `models.NAMES`.
+    """Reads the weights of the net `name`, one of `models.NAMES`.
 
-    Returns {"params": ...}, and "batch_stats" for nets with batch normalization: what
-    `models.create(name).apply` takes, in float32 NumPy arrays whatever the file has. The number of
-    classes is that of the file.
+    Returns {"params": ...}, and "batch_stats" for nets with batch normalization: the variables of
+    `models.create(name).apply`, as float32 NumPy arrays whatever the file's dtypes. The file
+    determines the number of classes.
 
-    Nothing in a file is run, and what it claims of its size is not believed. Raises WeightsError,
-    one sentence, for a file that is missing, of an unknown kind, damaged or refused, and one that
-    lists all entries that are missing, unknown or misshaped.
+    Corrupt or malicious files are rejected: no code in them runs, and memory is not reserved for
+    sizes that they only claim. Raises WeightsError for a file that is missing, of an unknown kind,
+    damaged or rejected. If arrays do not fit the net, the error lists all that are missing, unknown
+    or of another shape.
     """
-    variables = checked_variables(path, name, read(path, name))
+    variables = checked_variables(path, name, read_arrays(path, name))
     return jax.tree.map(lambda array: np.asarray(array, np.float32, order="C"), variables)
 
 
 def checked_variables(
     path: str | os.PathLike, name: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """`variables_from_torch`, with the file named in what it raises."""
+    """`variables_from_torch` with the file's name in its errors."""
     try:
         return variables_from_torch(name, arrays)
     except WeightsError as error:
         raise WeightsError(f"{os.fspath(path)}: {error}") from error
 
 
-def read(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, under PyTorch's names and in its layout, of the file's dtypes; not yet
-    compared with the net.
+def read_arrays(path: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file with PyTorch's names and layout and the file's dtypes.
 
-    Compressed files (.npz and .mat) may come to 1 GiB. WeightsError as for `load`, also where the
-    system refuses to read.
+    They are not yet compared with the net's. Compressed files (.npz and .mat) may have 1 GiB of
+    contents. Raises WeightsError as `load` does, also if the system cannot read the file.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
         kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
-        raise WeightsError(f"{path} is of no known kind: weights are read from {kinds}.")
+        raise WeightsError(f"{path} has an unknown suffix; name a file of {kinds}.")
     try:
         if not path.is_file():
             raise WeightsError(f"There is no file {path}; name one that holds the weights.")
-        path.open("rb").close()  # Not all readers say why they cannot open it.
+        path.open("rb").close()  # Not all readers say why they cannot open a file.
         return _read_kind(path, name)
     except OSError as error:
         raise WeightsError(
@@ -80,16 +80,16 @@ def _read_kind(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".caffemodel":
-        return caffe.read(path)
+        return caffe.read_caffemodel(path)
     if path.suffix == ".mat":
-        return matconvnet.read(path, layer_names(name), reverse_channels=name == "alexnet")
+        return matconvnet.read_mat(path, layer_names(name), reverse_channels=name == "alexnet")
     if path.suffix == ".npz":
         return _read_npz(path, name)
-    return torch_zip.read(path) if _may_be_zip(path) else _read_with_torch(path)
+    return torch_zip.read_torch_zip(path) if _may_be_zip(path) else _read_with_torch(path)
 
 
 def save_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays under their names, of their dtypes, whole or not at all."""
+    """Writes arrays with their names and dtypes. A failed write leaves no file of this name."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     safetensors.numpy.save_file(
@@ -103,14 +103,12 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(
-            f"{path} is damaged, or no safetensors file ({error}); fetch it anew."
+            f"{path} is damaged or not a safetensors file ({error}); download it again."
         ) from error
 
 
 def _read_npz(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
-    """The net's arrays; nothing but their headers is decompressed before they are known to be that
-    net's.
-    """
+    """The arrays of a net. Only their headers are decompressed before they are known to fit."""
     try:
         with zipfile.ZipFile(path) as archive:
             shapes = {
@@ -120,7 +118,7 @@ def _read_npz(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
             size = sum(info.file_size for info in archive.infolist())
             if size > errors.MOST_UNCOMPRESSED:
                 raise ValueError(
-                    f"its arrays come to {size} bytes, and {errors.MOST_UNCOMPRESSED} are allowed"
+                    f"its arrays have {size} bytes, and {errors.MOST_UNCOMPRESSED} are allowed"
                 )
             check_shapes(name, shapes)
             return {entry: _npy_array(archive, f"{entry}.npy") for entry in shapes}
@@ -129,57 +127,60 @@ def _read_npz(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
     except Exception as error:  # A damaged file can fail in any way.
         reason = str(error)[:200]
         raise WeightsError(
-            f"{path} is damaged, or no .npz file of plain arrays ({reason}); write it anew."
+            f"{path} is damaged or not an .npz file of plain arrays ({reason}); write it again."
         ) from error
 
 
 def _npy_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """The shape of an entry, which is as long as its header says."""
+    """The shape of an entry. Raises ValueError if its header does not match its length."""
     if not info.filename.endswith(".npy") or info.compress_type not in (
         zipfile.ZIP_STORED,
         zipfile.ZIP_DEFLATED,
     ):
-        raise ValueError(f"{info.filename[:60]} is no array that numpy.savez writes")
+        raise ValueError(f"{info.filename[:60]} is not an array written by numpy.savez")
     with archive.open(info) as entry:
         version = np.lib.format.read_magic(entry)
-        # Headers of later ones can be 4 GB long, and are for structured arrays.
+        # Later versions are for structured arrays, and their headers may have 4 GB.
         if version != (1, 0):
-            raise ValueError(f"{info.filename[:60]} is of version {version} of the format")
+            raise ValueError(
+                f"{info.filename[:60]} has version {version} of the format, and (1, 0) is allowed"
+            )
         shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
         if dtype.kind not in "biuf":
             raise ValueError(
-                f"{info.filename[:60]} is of dtype {str(dtype)[:60]}, and real numbers are allowed"
+                f"{info.filename[:60]} has dtype {str(dtype)[:60]}, and real numbers are allowed"
             )
         if (
             any(size < 0 for size in shape)
             or math.prod(shape) * dtype.itemsize != info.file_size - entry.tell()
         ):
-            raise ValueError(f"{info.filename[:60]} is not as long as an array of shape {shape}")
+            raise ValueError(
+                f"{info.filename[:60]} has not the length of an array of shape {shape}"
+            )
     return shape
 
 
 def _npy_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(name) as entry:
         array = np.lib.format.read_array(entry, allow_pickle=False)
-        entry.read(1)  # Only the end of an entry has its checksum compared.
+        entry.read(1)  # Reading to the end compares the checksum.
         return array
 
 
 def _may_be_zip(path: pathlib.Path) -> bool:
-    """Whether it is a zip archive, or was one before it was cut short."""
+    """Whether a file is a zip archive, perhaps a truncated one."""
     with path.open("rb") as file:
         return file.read(2) == b"PK" or zipfile.is_zipfile(path)
 
 
 def _read_with_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """PyTorch's format from before 1.6, by PyTorch's own restricted loader."""
+    """Reads PyTorch's format before 1.6 with PyTorch's own restricted loader."""
     try:
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path} is no zip archive; if it is in PyTorch's format from before 1.6, `pip install "
-            f"'dd_jax[torch]'` lets it be"
-            " read, and otherwise it is damaged."
+            f"{path} is not a zip archive: it is damaged, or has PyTorch's format before 1.6, "
+            f"which only PyTorch reads; `pip install 'dd_jax[torch]'` or download it again."
         ) from error
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,12 +190,13 @@ def _read_with_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             for tensor in tensors.values()
         ):
             raise WeightsError(
-                f"{path} has a tensor of more numbers than its storage; call contiguous() on it."
+                f"{path} has a tensor with more numbers than its storage; call contiguous() on it "
+                f"and save it again."
             )
         return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     except WeightsError:
         raise
     except Exception as error:  # A damaged file can fail in any way.
         raise WeightsError(
-            f"{path} is damaged, or refused by PyTorch ({type(error).__name__}); fetch it anew."
+            f"{path} is damaged, or PyTorch rejects it ({type(error).__name__}); download it again."
         ) from error

@@ -1,12 +1,14 @@
-"""MatConvNet's .mat files: SimpleNN nets, in which the authors' reference nets and MatConvNet's own
-models are stored.
+"""Reads the weights in MatConvNet's .mat files.
 
-`net.layers{i}.weights` is {filters, biases}, or there are `filters` and `biases` in older files;
-filters are (height, width, in, out), those of linear layers too. A file is `net`, or the fields of
-one.
+They hold SimpleNN nets: the authors' reference nets, and MatConvNet's models. A file holds `net`,
+or the fields of one. `net.layers{i}.weights` is {filters, biases}; older files have `filters` and
+`biases`. Filters are (height, width, in, out), also those of linear layers.
 
-The authors' own loader turns filters over, height for width, together with their images; upright
-images want them as stored.
+The authors' loader transposes height and width of filters and images; for upright images, filters
+are used as stored.
+
+Not by SciPy: its MATLAB reader crashes or hangs on some files with one changed byte, and reserves
+memory for whatever dimensions a file claims.
 """
 
 import itertools
@@ -24,9 +26,9 @@ from dd_jax.pretrained import errors
 from dd_jax.pretrained.errors import WeightsError
 
 _VARIABLES = ("net", "layers")
-_HEADER, _NAME_WITHIN = 128, 1024  # bytes, of a file and of a variable
+_HEADER, _NAME_WITHIN = 128, 1024  # Bytes at the start of a file and of a variable.
 _ORDERS = {b"IM": "<", b"MI": ">"}
-_MATRIX, _COMPRESSED = 14, 15  # types of elements, beside those of numbers
+_MATRIX, _COMPRESSED = 14, 15  # Types of elements that are not numbers.
 _NUMBERS = {
     1: "i1",
     2: "u1",
@@ -39,47 +41,47 @@ _NUMBERS = {
     12: "i8",
     13: "u8",
 }
-# classes of arrays
+# Classes of arrays.
 _CELL, _STRUCT, _FLOATS = 1, 2, {6: np.dtype(np.float64), 7: np.dtype(np.float32)}
 _MOST_AXES = 8
-_COMPLEX = 0x800  # a flag of arrays
-# Nets have some hundred arrays, of at most six levels.
+_COMPLEX = 0x800  # A flag of arrays.
+# A net has some hundred arrays, nested at most six levels deep.
 _MOST_ARRAYS, _MOST_FIELDS, _MOST_LEVELS = 100_000, 1000, 20
 
 
-def read(
+def read_mat(
     path: str | os.PathLike, layers: list[str], *, reverse_channels: bool = False
 ) -> dict[str, np.ndarray]:
-    """The weights under PyTorch's names and in its layout; those of linear layers as (out,
-    channels, height, width).
+    """The weights with PyTorch's names and layout; those of linear layers are (out, channels,
+    height, width).
 
     Args:
-      path: of a file in MATLAB's format 5 to 7; those of 7.3 are HDF5 and refused.
-      layers: names for the layers with weights, in the order in which the net runs through them,
-        because SimpleNN does not need names of its own. Layers beyond them are called "extra1",
-        "extra2", ...
-      reverse_channels: reverses the channels that the first layer reads. MatConvNet turned the
-        filters of Caffe's nets from BGR to RGB when it imported them (import-caffe.py); this turns
-        them back.
+      path: a file in MATLAB's format 5 to 7. Format 7.3 (HDF5) is rejected.
+      layers: names for the layers with weights in the net's order, because SimpleNN does not
+        require names. Further layers are called "extra1", "extra2", ...
+      reverse_channels: reverses the first layer's input channels. MatConvNet converted the filters
+        of Caffe's nets from BGR to RGB (import-caffe.py); this converts them back.
 
-    Raises WeightsError where the file is damaged or holds something else.
+    Raises WeightsError if the file is damaged or holds something else.
     """
     name, content = os.fspath(path), pathlib.Path(path).read_bytes()
     try:
         contents = _variables(content)
     except NotImplementedError as error:
         raise WeightsError(
-            f"{name} is a MATLAB 7.3 file; write it anew with save(..., '-v7')."
+            f"{name} is a MATLAB 7.3 file, and formats 5 to 7 are read; save it again with "
+            f"save(..., '-v7')."
         ) from error
     except Exception as error:  # A damaged file can fail in any way.
         raise WeightsError(
-            f"{name} is damaged, or no MATLAB file ({str(error)[:200]}); fetch it anew."
+            f"{name} is damaged or not a MATLAB file ({str(error)[:200]}); download it again."
         ) from error
     try:
         pairs = list(_weights(contents["net"][0] if "net" in contents else contents))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{name} does not hold a SimpleNN net of MatConvNet ({str(error)[:200]})."
+            f"{name} does not hold a SimpleNN net of MatConvNet ({str(error)[:200]}); name a file "
+            f"that does."
         ) from error
     names = [*layers, *(f"extra{i + 1}" for i in range(len(pairs) - len(layers)))]
     arrays = {}
@@ -93,11 +95,11 @@ def read(
 
 
 def _weights(net: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Filters, always of rank 4, and biases of every layer that has them."""
+    """The filters, always of rank 4, and biases of every layer that has them."""
     for layer in net["layers"]:
         fields = layer if isinstance(layer, dict) else layer[0]
         if not isinstance(fields, dict):
-            raise ValueError("a layer is no structure")
+            raise ValueError("a layer is not a structure")
         if "weights" in fields:
             arrays = fields["weights"]
         elif "filters" in fields:
@@ -111,22 +113,20 @@ def _weights(net: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         filters, biases = arrays
         if filters.ndim > 4:
             raise ValueError(
-                f"filters of a layer have shape {filters.shape}, and four axes are allowed"
+                f"filters of a layer have shape {filters.shape}, and at most four axes are allowed"
             )
-        # MATLAB drops axes of one at the end.
+        # MATLAB drops trailing axes of size one.
         yield filters.reshape(filters.shape + (1,) * (4 - filters.ndim)), biases
 
 
 def _variables(content: bytes) -> dict[str, Any]:
-    """The variables of a file that may hold a net; raises NotImplementedError for MATLAB 7.3,
-    anything for a damaged file.
+    """The variables of a file that may hold a net.
 
-    Not by SciPy, which reserves memory for whatever dimensions are claimed, and which a changed
-    byte can make crash.
+    Raises NotImplementedError for MATLAB 7.3, and any exception for a damaged file.
     """
     order = _ORDERS.get(content[126:128])
     if order is None:
-        raise ValueError("it has no header of MATLAB 5")
+        raise ValueError("it does not have the header of MATLAB 5")
     if struct.unpack(f"{order}H", content[124:126])[0] >> 8 == 2:
         raise NotImplementedError
     reader, variables, position = _Reader(order), {}, _HEADER
@@ -135,7 +135,7 @@ def _variables(content: bytes) -> dict[str, Any]:
         variable = memoryview(content)[position : position + 8 + size]
         position += 8 + size
         if len(variable) < 8 + size or kind not in (_MATRIX, _COMPRESSED):
-            raise ValueError("it is truncated, or has what is no variable")
+            raise ValueError("it is truncated, or a part of it is not a variable")
         if kind == _COMPRESSED:
             variable = _decompressed(variable[8:], order, errors.MOST_UNCOMPRESSED)
         name = _name(variable, order)
@@ -145,22 +145,23 @@ def _variables(content: bytes) -> dict[str, Any]:
 
 
 class _Reader:
-    """Arrays out of the bytes after their tags. It raises ValueError or struct.error for damaged
-    ones and more than nets have.
+    """Parses arrays from the bytes after their tags.
+
+    Raises ValueError or struct.error for damaged arrays and for more than nets have.
     """
 
     def __init__(self, order: str):
         self._order, self._arrays, self._bytes = order, 0, 0
 
     def array(self, content: memoryview, level: int) -> Any:
-        """Numbers as an array, a cell array as a list, an array of structures as a list of
-        dictionaries; others as None.
+        """Numbers as an array, a cell array as a list, a structure array as a list of dictionaries.
+
+        None for other arrays.
         """
         self._arrays += 1
         if self._arrays > _MOST_ARRAYS or level > _MOST_LEVELS:
             raise ValueError(
-                f"it has more than {_MOST_ARRAYS} arrays, or more than {_MOST_LEVELS} inside each "
-                f"other"
+                f"it has more than {_MOST_ARRAYS} arrays, or more than {_MOST_LEVELS} nested levels"
             )
         if not content:
             return np.zeros((0, 0))
@@ -181,7 +182,7 @@ class _Reader:
         arrays = []
         for kind, content in elements:
             if kind != _MATRIX:
-                raise ValueError("an array in it has what is no array")
+                raise ValueError("an array in it contains something that is not an array")
             arrays.append(self.array(content, level + 1))
         return arrays
 
@@ -203,13 +204,12 @@ class _Reader:
     def _numbers(
         self, kind: int, stored: memoryview, dtype: np.dtype, shape: tuple[int, ...]
     ) -> np.ndarray:
-        """Floats, which MATLAB stores as integers where those are shorter."""
+        """Floats. MATLAB stores them as integers if those are shorter."""
         numbers = np.frombuffer(stored, np.dtype(_NUMBERS[kind]).newbyteorder(self._order))
         self._bytes += numbers.size * dtype.itemsize
         if self._bytes > errors.MOST_UNCOMPRESSED:
             raise ValueError(
-                f"its arrays come to more than the {errors.MOST_UNCOMPRESSED} bytes that are "
-                f"allowed"
+                f"its arrays have more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed"
             )
         if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) != numbers.size:
             raise ValueError(f"{numbers.size} numbers in it do not make an array of shape {shape}")
@@ -217,20 +217,21 @@ class _Reader:
 
 
 def _decompressed(data: memoryview, order: str, most: int) -> memoryview:
-    """A variable with its tag; of one that holds no net, the first bytes alone. ValueError for one
-    of more than `most` bytes.
+    """A variable with its tag, or the first bytes of a variable that does not hold a net.
+
+    Raises ValueError for a variable of more than `most` bytes.
     """
     first = memoryview(zlib.decompressobj().decompress(data, _NAME_WITHIN))
     kind, size = struct.unpack_from(f"{order}II", first)
     if kind != _MATRIX:
-        raise ValueError("it has what is no variable")
+        raise ValueError("a part of it is not a variable")
     if _name(first, order) not in _VARIABLES:
         return first
     if 8 + size > most:
         raise ValueError(
-            f"its variables come to more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed"
+            f"its variables have more than the {errors.MOST_UNCOMPRESSED} bytes that are allowed"
         )
-    # The byte more has the checksum compared.
+    # One byte more makes zlib compare the checksum.
     whole = zlib.decompressobj().decompress(data, 8 + size + 1)
     if len(whole) < 8 + size:
         raise ValueError("it is truncated")
@@ -238,19 +239,20 @@ def _decompressed(data: memoryview, order: str, most: int) -> memoryview:
 
 
 def _name(variable: memoryview, order: str) -> str:
-    """The name of a variable, of which the first bytes are enough."""
+    """The name of a variable, from its first bytes."""
     _, _, (_, name) = itertools.islice(_elements(variable[8:], order), 3)
     return bytes(name).decode("latin1")
 
 
 def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
-    """The elements that fill some bytes: type and content. ValueError or struct.error where they do
-    not fill them.
+    """The type and content of each element in `data`.
+
+    Raises ValueError or struct.error if the elements do not fill `data`.
     """
     position = 0
     while position < len(data):
         kind, size = struct.unpack_from(f"{order}II", data, position)
-        small = kind >> 16  # bytes of content, which are then in the tag
+        small = kind >> 16  # Bytes of content in the tag itself.
         start, kind, size = (
             (position + 4, kind & 0xFFFF, small) if small else (position + 8, kind, size)
         )

@@ -1,9 +1,9 @@
-"""PyTorch's .pth files, read without PyTorch and without running anything that is in them.
+"""Reads PyTorch's .pth files without PyTorch and without running code in them.
 
-Such a file is a zip archive: ROOT/data.pkl, a pickle in which tensors are calls of
-`torch._utils._rebuild_tensor_v2` upon storages, and ROOT/data/KEY, the raw numbers of each storage.
-A pickle is a program that may call whatever it can name. This reader lets it name what rebuilds
-tensors and nothing else, and those names lead to functions of this file.
+Such a file is a zip archive. ROOT/data.pkl is a pickle in which tensors are calls of
+`torch._utils._rebuild_tensor_v2` with storages, and ROOT/data/KEY has the raw numbers of each
+storage. A pickle is a program that may call any function by its name. This reader accepts only the
+names that rebuild tensors, and maps them to functions of this file.
 """
 
 import io
@@ -29,41 +29,42 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-NESTED_UNDER = ("state_dict", "model")  # Where training scripts put the weights among other things.
-# What DataParallel, and the authors' DeepFool, put before every name.
+NESTED_UNDER = ("state_dict", "model")  # Keys of the weights in checkpoints of training scripts.
+# DataParallel and the authors' DeepFool add these prefixes to every name.
 PREFIXES = ("module.", "net.")
 _MOST_PREFIXES = 4  # DataParallel of DataParallel of DeepFool has three.
 _MOST_AXES = 8
-# numbers in a tensor that has more of them than its storage, as Tensor.expand makes them
+# Numbers in a tensor that has more numbers than its storage, which Tensor.expand creates.
 _MOST_EXPANDED = 2**10
-_MOST_KEY = 2**31  # Larger integers could be chosen such that they all have one hash.
-_NAMES_SHOWN, _NAME_LENGTH = 5, 60  # of names out of files, in what is raised
+_MOST_KEY = 2**31  # Larger integers can be chosen so that all have the same hash.
+_NAMES_SHOWN, _NAME_LENGTH = 5, 60  # Of names from files in errors.
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a state dict, under their names; read-only, of the dtypes of the file.
+def read_torch_zip(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a state dict by name, read-only and with the file's dtypes.
 
-    The state dict may lie under "state_dict" or "model" in a larger checkpoint. A prefix that all
-    its names share ("module.") is dropped. Raises WeightsError where the file is damaged, or holds
-    anything but tensors and plain containers.
+    The state dict may be under "state_dict" or "model" in a larger checkpoint. A prefix that all
+    names share ("module.") is dropped. Raises WeightsError if the file is damaged or holds anything
+    but tensors and plain containers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             contents = _Unpickler(archive).load()
     except WeightsError as error:
-        raise WeightsError(f"{os.fspath(path)} is refused: {error}") from error
+        raise WeightsError(f"{os.fspath(path)} is rejected: {error}") from error
     except Exception as error:  # A damaged pickle can fail in any way.
         reason = f"{type(error).__name__}: {str(error)[:200]}".rstrip(". :")
         raise WeightsError(
-            f"{os.fspath(path)} is damaged, or not a file that torch.save wrote ({reason}); fetch "
-            f"it anew."
+            f"{os.fspath(path)} is damaged or not a file of torch.save ({reason}); download it "
+            f"again."
         ) from error
     return {name: tensor.array for name, tensor in state_dict(path, contents, _Tensor).items()}
 
 
 def state_dict(path: str | os.PathLike, contents: Any, tensor_type: type) -> dict[str, Any]:
-    """The tensors by name among what a PyTorch file held; WeightsError where there are none, or
-    other things among them.
+    """The tensors by name in the contents of a PyTorch file.
+
+    Raises WeightsError if there are none, or other values among them.
     """
     for key in NESTED_UNDER:
         if isinstance(contents, Mapping) and isinstance(contents.get(key), Mapping):
@@ -93,14 +94,15 @@ def state_dict(path: str | os.PathLike, contents: Any, tensor_type: type) -> dic
 
 
 def _shown(value: Any) -> str:
-    """A text out of a file, cut; of anything else the type, because shared tuples take for ever to
-    be written out.
+    """The first characters of a text from a file, or the type of another value.
+
+    Nested shared tuples would take too long to print.
     """
     return str(value)[:_NAME_LENGTH] if type(value) in (str, int) else type(value).__name__
 
 
 class _Tensor(NamedTuple):
-    """An array out of the file. Not a bare one, because pickles can change what they hold through
+    """An array of the file. It is wrapped because pickles can change bare arrays through
     `__setstate__`.
     """
 
@@ -108,21 +110,19 @@ class _Tensor(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A one-dimensional array that tensors are cut from."""
+    """A one-dimensional array; tensors are views of it."""
 
     array: np.ndarray
 
 
 class _StorageType(NamedTuple):
-    """What stands for torch.FloatStorage and its like."""
+    """Replaces torch.FloatStorage and similar types."""
 
     dtype: np.dtype
 
 
 class _Allowed(NamedTuple):
-    """What stands for a function that the pickle may call. A tuple, so that the pickle cannot
-    change it.
-    """
+    """A function that the pickle may call. It is a tuple so that the pickle cannot change it."""
 
     function: Callable[..., Any]
 
@@ -131,7 +131,7 @@ class _Allowed(NamedTuple):
 
 
 class _Dictionary(dict):
-    """What stands for an OrderedDict, without the attributes that PyTorch hangs on it."""
+    """Replaces an OrderedDict, without the attributes that PyTorch adds."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -146,17 +146,20 @@ def _rebuild_tensor(
     hooks: Any,
     metadata: Any = None,
 ) -> _Tensor:
-    """A view of a storage, which may overlap others; of many numbers only as far as the storage has
-    them.
+    """A view of a storage, which may overlap others.
+
+    A large view must not have more numbers than its storage.
     """
     if any(type(sizes) is not tuple or len(sizes) > _MOST_AXES for sizes in (shape, strides)):
-        raise WeightsError(f"a tensor in it has no shape and strides of at most {_MOST_AXES} axes.")
+        raise WeightsError(
+            f"a tensor in it must have a shape and strides of at most {_MOST_AXES} axes."
+        )
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or any(
         type(number) is not int or number < 0 for number in numbers
     ):
         raise WeightsError(
-            "a tensor in it has a storage, an offset, a shape or strides that are none."
+            "a tensor in it has an invalid storage, offset, shape or strides; download it again."
         )
     flat = storage.array
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -164,12 +167,13 @@ def _rebuild_tensor(
         return _Tensor(np.zeros(shape, flat.dtype))
     if last >= len(flat):
         raise WeightsError(
-            f"a tensor of shape {shape} in it reaches beyond its storage of {len(flat)} numbers."
+            f"a tensor of shape {shape} in it exceeds its storage of {len(flat)} numbers; download "
+            f"it again."
         )
     if math.prod(shape) > max(len(flat), _MOST_EXPANDED):
         raise WeightsError(
             f"a tensor in it claims {math.prod(shape)} numbers of a storage of {len(flat)}; call "
-            f"contiguous() on it."
+            f"contiguous() on it and save it again."
         )
     in_bytes = tuple(stride * flat.itemsize for stride in strides)
     return _Tensor(np.lib.stride_tricks.as_strided(flat[offset:], shape, in_bytes, writeable=False))
@@ -180,14 +184,12 @@ def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuses keys that take long to look up, such as tuples of tuples, whose hashes are not
-    remembered.
-    """
+    """Rejects keys with slow look-ups, such as nested tuples, whose hashes are not cached."""
     for key in keys:
         if not (type(key) is str or (type(key) is int and abs(key) < _MOST_KEY)):
             raise WeightsError(
-                f"a dictionary in it has a key of type {type(key).__name__} that is no name and no "
-                f"small number."
+                f"a dictionary in it has a key of type {type(key).__name__}, and only names and "
+                f"small numbers are allowed."
             )
 
 
@@ -195,7 +197,7 @@ def _dictionary(pairs: Any = ()) -> _Dictionary:
     if type(pairs) not in (tuple, list) or any(
         type(pair) not in (tuple, list) or len(pair) != 2 for pair in pairs
     ):
-        raise WeightsError("an OrderedDict in it is not made of pairs.")
+        raise WeightsError("an OrderedDict in it does not consist of pairs; download it again.")
     _check_keys(key for key, _ in pairs)
     return _Dictionary(pairs)
 
@@ -209,20 +211,20 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Instructions(dict[int, Callable[[Any], None]]):
-    """What the unpickler does for each byte of its program; raises WeightsError for those that
-    torch.save does not write.
+    """The unpickler's action for each instruction.
+
+    Raises WeightsError for instructions that torch.save does not write.
     """
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
         raise WeightsError(
-            f"its pickle has the instruction 0x{code:02x}, which torch.save writes at no default "
-            f"setting; fetch it anew, or write"
-            " it anew with torch.save(net.state_dict(), path)."
+            f"its pickle has the instruction 0x{code:02x}, which torch.save does not write by "
+            f"default; download it again, or save it again with torch.save(net.state_dict(), path)."
         )
 
 
-# Of protocol 2. Of what is left out, some reserves the memory that it is told to (BYTEARRAY8), some
-# makes any instance (OBJ).
+# Of protocol 2. Other instructions may reserve any amount of memory (BYTEARRAY8) or create any
+# instance (OBJ).
 _INSTRUCTIONS = (
     *(
         pickle.PROTO,
@@ -266,8 +268,7 @@ _INSTRUCTIONS = (
 class _Unpickler(pickle._Unpickler):
     """Loads ROOT/data.pkl of an archive.
 
-    Python's own implementation and not the one in C, which reserves as much memory as the number of
-    a memo entry asks for.
+    This is Python's implementation, because the one in C reserves memory for any memo index.
     """
 
     dispatch = _Instructions(
@@ -277,11 +278,13 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, archive: zipfile.ZipFile):
         pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
-            raise WeightsError("it is a zip archive without PyTorch's data.pkl.")
+            raise WeightsError(
+                "it is a zip archive without PyTorch's data.pkl; name a file of torch.save."
+            )
         self._archive = archive
         self._root = pickles[0].removesuffix("data.pkl")
         self._storages: dict[str, _Storage] = {}
-        # Bounds what entries that lie inside each other come to.
+        # Bounds the total size of entries, which may overlap in a malicious archive.
         self._unread = os.stat(archive.filename).st_size
         order = f"{self._root}byteorder"
         self._byte_order = (
@@ -290,32 +293,32 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(self._entry("data.pkl")))
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may name; WeightsError for everything else, before anything of it is
-        imported.
+        """The replacement of an allowed name.
+
+        Raises WeightsError for any other name, before anything is imported.
         """
         if (module, name) not in _ALLOWED:
             raise WeightsError(
                 f"it asks for {_shown(module)}.{_shown(name)}, and only tensors and plain "
-                f"containers are read, because anything"
-                " else could run code; only if you trust its source, load it with PyTorch and "
-                "write its state_dict() anew."
+                "containers are read, because anything else could run code; only if you trust its "
+                "source, load it with PyTorch and save its state_dict() again."
             )
         return _ALLOWED[module, name]
 
     def load_setitem(self) -> None:
-        """As Python's own, for keys that are names or small numbers."""
+        """Sets items as Python does, after a check of the keys."""
         _check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """As Python's own, for keys that are names or small numbers."""
+        """Sets items as Python does, after a check of the keys."""
         _check_keys(self.stack[::2])
         super().load_setitems()
 
     dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = load_setitem, load_setitems
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage, ("storage", type, key, device, number of elements)."""
+        """The storage of a tuple ("storage", type, key, device, number of elements)."""
         kind, storage_type, key, _, count = pid
         if (
             kind != "storage"
@@ -338,11 +341,12 @@ class _Unpickler(pickle._Unpickler):
 
     def _entry(self, name: str) -> bytes:
         info = self._archive.getinfo(self._root + name)
-        if info.compress_type != zipfile.ZIP_STORED:  # Bounds what is read by the size of the file.
+        if info.compress_type != zipfile.ZIP_STORED:  # So the file's size bounds the contents.
             raise WeightsError(
-                f"its entry {_shown(name)} is compressed, which PyTorch's never are."
+                f"its entry {_shown(name)} is compressed, which torch.save never does; save it "
+                f"again."
             )
         self._unread -= info.file_size
         if self._unread < 0:
-            raise WeightsError("its entries are together larger than the file; fetch it anew.")
+            raise WeightsError("its entries are together larger than the file; download it again.")
         return self._archive.read(info)
