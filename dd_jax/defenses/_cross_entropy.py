@@ -62,7 +62,7 @@ def check_shares(**weights: float) -> None:
             raise ValueError(f"{name} is {value}; it must be within 0..1.")
 
 
-def check_not_negative(**values: float) -> None:
+def check_not_negative(**values: float | int) -> None:
     """Raises ValueError unless each is 0 or more."""
     for name, value in values.items():
         if not value >= 0:

@@ -90,7 +90,7 @@ def shortened(
     `fooled` says that the whole one does and that none does not; elsewhere the whole one.
     """
 
-    def bisect(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
         logits = net(inputs + per_example(middle, inputs) * perturbation)
@@ -98,5 +98,5 @@ def shortened(
         return jnp.where(is_wrong, low, middle), jnp.where(is_wrong, middle, high)
 
     ends = jnp.zeros(len(inputs), inputs.dtype), jnp.ones(len(inputs), inputs.dtype)
-    _, high = lax.fori_loop(0, num_bisections, bisect, ends)
+    _, high = lax.fori_loop(0, num_bisections, lambda _, ends: bisect(ends), ends)
     return per_example(jnp.where(fooled, high, 1), inputs) * perturbation

@@ -1,5 +1,6 @@
 """The optimizer: SGD with momentum, its schedules, and the average of the weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
         count = state.count + 1
-        share = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+        # As expm1: with a decay near 1, 1 - decay^n in float32 is mostly rounding.
+        share = (1 - decay) / -jnp.expm1(math.log(decay) * count.astype(jnp.float32))
         move = lambda average, new: average + share.astype(average.dtype) * (new - average)
         moved = jax.tree.map(move, state.average, optax.apply_updates(params, updates))
         return updates, AverageState(count, moved)
