@@ -51,9 +51,11 @@ for i in range(5):
 apply = lambda variables, x: model.apply(variables, x)
 whole = in_memory(batch["image"], batch["label"])
 shares = whole._replace(batches=lambda *sizes: (parallel.share_of(part) for part in whole.batches(*sizes)))
-measure = lambda examples, compile_fn: evaluation.measure(
-    apply, {{"params": state.params}}, examples, batch_size=8, settings=Settings(num_steps=5), show_progress=False,
-    names=("deepfool", "pgd", "pass"), to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6, compile_fn=compile_fn)
+options = dict(batch_size=8, settings=Settings(num_steps=5), show_progress=False,
+    to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6)
+measure = lambda examples, compile_fn: evaluation.Evaluator(
+    apply, examples, compile_fn=compile_fn, **options
+).measure({{"params": state.params}}, names=("deepfool", "pgd", "pass"))
 found, streamed = measure(whole, parallel.sums_and_rows), measure(shares, parallel.sums_over_shares)
 assert found.keys() == streamed.keys() and all(np.isclose(found[name], streamed[name], rtol=1e-5) for name in found), streamed
 leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
@@ -66,11 +68,12 @@ ENDING = """
 import json, os, signal, sys, time
 sys.path[:0] = [{root!r}]
 from dd_jax import parallel
-from dd_jax.experiment import command_line, runs
+from dd_jax.experiment import command_line
+from dd_jax.training import loop
 from dd_jax.experiment.configuration import ConfigurationError
 
 def stage(first_step, asked_at=None):
-    pauses, ended = runs.Pauses(), None
+    pauses, ended = loop.Pauses(), None
     with parallel.Termination() as termination:
         for step in range(first_step + 1, first_step + 120):
             time.sleep(0.01)
@@ -92,7 +95,7 @@ def main():
     command_line.prepared_by_all(lambda: fail(second))
 
 arguments = json.loads(sys.argv[1])
-runs.SECONDS_BETWEEN_QUESTIONS = 0.2
+loop.SECONDS_BETWEEN_QUESTIONS = 0.2
 command_line.run(main)
 """
 

@@ -305,7 +305,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run", stop)
+    monkeypatch.setattr(runs, "run_stages", stop)
     code, _, err = run("train", "--config", CONFIG, "--workdir", tmp_path, *overrides())
     assert (code, err) == (130, "Stopped. The same command goes on from the latest checkpoint.")
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from dd_jax.data import Batch
 from dd_jax.evaluation import metrics
 from dd_jax.evaluation.measurements import Found, Problem, Settings, fgsm_direction, fooled_along
 from dd_jax.evaluation.metrics import Sums
@@ -24,7 +25,7 @@ from dd_jax.evaluation.verification import predicted_classes
 ApplyFn = Callable[[Any, Array], Array]
 """(variables, inputs) -> logits, row by row."""
 Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
-Shared, Batch = Mapping[str, Any], Mapping[str, Array]
+Shared = Mapping[str, Any]
 BatchFn = Callable[[Shared, Batch], tuple[Any, Rows | None]]
 """(what all examples share, a batch) -> (sums over the examples, what is needed of each example if
 anything).

@@ -21,9 +21,9 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dd_jax import log, parallel
+from dd_jax.data import Batch
 from dd_jax.log import progress
 from dd_jax.training.checkpoints import Checkpoints
 from dd_jax.training.train_step import DivergenceError, TrainState, fit
@@ -35,7 +35,7 @@ MOST_SECONDS_BETWEEN_CHECKPOINTS = 300
 SECONDS_BETWEEN_QUESTIONS = 1.0
 MOST_STEPS_PER_LINE, FEWEST_LINES = 50, 10  # Of metrics.jsonl.
 
-BatchOfStep = Callable[[int], Mapping[str, np.ndarray]]
+BatchOfStep = Callable[[int], Batch]
 Line = dict[str, Any]
 
 

@@ -17,11 +17,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dd_jax import parallel
+from dd_jax.data import Batch
 from dd_jax.defenses import BoundDefense, is_plain
 from dd_jax.training.optimizer import average_of
 from dd_jax.types import LogitsFn
-
-Batch = Mapping[str, np.ndarray | Array]  # NumPy arrays, which are tracers within jit.
 
 DEFENSE_STREAM = 1  # Folded into a step's key, so that a defense does not draw the net's masks.
 
