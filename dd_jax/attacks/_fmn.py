@@ -5,17 +5,18 @@ With phi(x) = max_j z_j - z_y over the classes j other than the label y, and D_0
 steps is
 
     g      = d phi(x + D_k) / dx, without the components that bounds let go no further
-    e_k+1  = ||D_k||_p + |phi(x + D_k)| / ||g||_q     as long as nothing fools (q: dual to p)
-             min((1 - c_k) e_k, size of the smallest D so far)       if x + D_k fools
-             (1 + c_k) e_k                                           if not
+    e_k+1  = (1 + c_K) (||D_k||_p + |phi(x + D_k)| / ||g||_q)   as long as nothing fools
+             min((1 - c_k) e_k, size of the smallest D so far)  if x + D_k fools
+             (1 + c_k) e_k                                      if not
     D_k+1  = B(P(D_k + a_k g / ||g||_2))
 
-P leads to the nearest point (in l2) of the ball ||D||_p <= e_k+1, and B into the bounds. a_k and
-c_k fall along half a cosine. The smallest D_k that fools is the result.
+q is dual to p. P leads to the nearest point (in l2) of the ball ||D||_p <= e_k+1, and B into the
+bounds. a_k and c_k fall along half a cosine. The smallest D_k that fools is the result.
 
-What differs from the paper: D_0 is always 0, and never an input of another class. The paper's g has
-all components. With l1 and bounds it then spends its steps on a few pixels that are at their bounds
-already, and finds nothing for some images.
+What differs from the paper: D_0 is always 0, and never an input of another class. The factor
+1 + c_K in the first line of e is ours: without it, rounding keeps D just short of flat boundaries.
+The paper's g has all components. With l1 and bounds it then spends its steps on a few pixels that
+are at their bounds already, and finds nothing for some images.
 """
 
 import jax.numpy as jnp
@@ -108,7 +109,8 @@ def fmn(
         view = view._replace(gradient=gradient)
         schedule = path.num_steps, num_steps, inputs.dtype
         change = half_cosine(radius_change, final_radius_change, *schedule)
-        radius = jnp.minimum(next_radius(path, view, change, norm), part.largest)
+        unfound = (1 + final_radius_change) * radius_to_boundary(path, view, norm)
+        radius = jnp.minimum(next_radius(path, view, change, unfound), part.largest)
         ascent = steepest_direction(gradient, "l2")
         length = half_cosine(step_size, final_step_size, *schedule)
         moved = path.perturbation + per_example(length, ascent) * ascent
@@ -131,14 +133,18 @@ def free_part(
     return jnp.where(perturbation == furthest, 0, gradient)
 
 
-def next_radius(
-    path: Path, view: View, change: Float[Array, " rows"], norm: LpNorm
-) -> Float[Array, " rows"]:
-    """e_k+1, see the module's docstring; inf where nothing has fooled and the gradient vanishes."""
+def radius_to_boundary(path: Path, view: View, norm: LpNorm) -> Float[Array, " rows"]:
+    """||D||_p + |phi| / ||g||_q; inf where the gradient vanishes or is not finite."""
     slope = dual_norm(view.gradient, norm)
     way = jnp.where(slope > 0, jnp.abs(view.loss) / jnp.where(slope > 0, slope, 1), jnp.inf)
-    estimate = lp_norm(path.perturbation, norm) + jnp.where(jnp.isnan(way), jnp.inf, way)
+    return lp_norm(path.perturbation, norm) + jnp.where(jnp.isnan(way), jnp.inf, way)
+
+
+def next_radius(
+    path: Path, view: View, change: Float[Array, " rows"], unfound: Float[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """e_k+1, which is `unfound` as long as nothing fools."""
     found = jnp.isfinite(path.smallest.size)
     smaller = jnp.minimum((1 - change) * path.radius, path.smallest.size)
-    larger = jnp.where(found, (1 + change) * path.radius, estimate)
+    larger = jnp.where(found, (1 + change) * path.radius, unfound)
     return jnp.where(view.fools, smaller, larger)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dd_jax.attacks._carlini_wagner import leads_of
+from dd_jax.attacks._carlini_wagner_problem import leads_of
 from dd_jax.attacks._queue import next_rows, plan_turns
 from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within
 from dd_jax.types import AttackResult, Scalar
