@@ -24,7 +24,8 @@ TRIED_ON_BOTH = 32769  # Of these batches, the one that both small nets get.
 LARGE, WIDEST_OF_LARGE = 4096, 17  # Larger batches have narrow rows.
 PAPER_NETS = {"mlp": (1, 3, 16), "lenet": (1, 3, 16), "convnet": (1, 3, 16), "nin": (1, 2)}
 SMALL_NETS = ("affine", "smooth")
-SMALL_CLASSES, HIDDEN = 4, (8, 6)  # of the small nets
+QUADRATIC, QUADRATIC_BATCH, QUADRATIC_WIDTH = "quadratic", 40000, 3  # the canary's row_products
+SMALL_CLASSES, HIDDEN, RANK = 4, (8, 6), 3  # of the small nets
 STEPS = 3  # of DeepFool and PGD
 EPSILON = 0.05  # per component of the inputs
 LEAST_INPUT = 0.2  # The inputs lie within LEAST_INPUT..1: no margin is relative to almost nothing.
@@ -46,7 +47,7 @@ class Function(NamedTuple):
 
     def __str__(self) -> str:
         bounds = "" if self.bounds == "none" else f", bounds {self.bounds}"
-        return f"{self.name} {self.norm}{bounds}"
+        return f"{self.name} {self.norm}{bounds}".strip()
 
 
 class Case(NamedTuple):
@@ -79,18 +80,20 @@ OPTIONS: dict[str, Callable[[float], dict[str, Any]]] = {
     "carlini_wagner_l2": lambda epsilon: {"num_steps": 10, "num_binary_search_steps": 2},
 }
 """Of the attacks, given epsilon."""
+LOGITS = "logits"  # Of the net itself, in a plain forward pass.
 LOSSES = ("signed_margin", "regularizer", "deep_defense_loss")
 
 
 def functions() -> list[Function]:
-    """Every public function in l2 and linf, the attacks with several kinds of bounds."""
+    """The net, and every public function in l2 and linf, with several kinds of bounds."""
     found = [Function(name, norm) for name in ("deepfool", *LOSSES) for norm in ("l2", "linf")]
     bounds = {"l2": "per pixel", "linf": "numbers"}
     for norm in bounds:
         found += [Function("fgsm", norm), Function("pgd", norm, bounds[norm])]
         found += [Function("minimal_fgsm", norm), Function("fgsm_success_curve", norm)]
         found += [Function("deepfool", norm, bounds[norm])]
-    return found + [Function("carlini_wagner_l2", "l2", kind) for kind in ("numbers", "per pixel")]
+    found += [Function("carlini_wagner_l2", "l2", kind) for kind in ("numbers", "per pixel")]
+    return [Function(LOGITS, "")] + found
 
 
 def all_cases(quick: bool) -> list[Case]:
@@ -112,6 +115,7 @@ def _small_cases(quick: bool) -> Iterator[Case]:
             on_both = batch == TRIED_ON_BOTH and not quick
             for name in SMALL_NETS if on_both else SMALL_NETS[net : net + 1]:
                 yield Case(function, name, batch, width)
+        yield Case(function, QUADRATIC, QUADRATIC_BATCH, QUADRATIC_WIDTH)
 
 
 def _paper_cases(quick: bool) -> Iterator[Case]:
@@ -172,6 +176,8 @@ def parameters(net: str, width: int, seed: int) -> Params:
             "kernel": kernel,
             "bias": np.float32(0.1 * random.standard_normal(shape[-1:])),
         }
+    if net == QUADRATIC:
+        del params["fc1"]["bias"]
     images = _images(random, max(LEAST_IMAGES, 1000 // width), shape_of(net, width))
     logits = forward(net, params, images)
     spread = np.std(logits, axis=0).mean()
@@ -183,6 +189,8 @@ def parameters(net: str, width: int, seed: int) -> Params:
 def _kernels(net: str, width: int) -> dict[str, tuple[int, ...]]:
     if net == "affine":
         return {"fc1": (width, SMALL_CLASSES)}
+    if net == QUADRATIC:
+        return {"fc1": (width, SMALL_CLASSES * RANK), "fc2": (1, SMALL_CLASSES)}
     if net == "smooth":
         sizes = (width, *HIDDEN, SMALL_CLASSES)
         return {f"fc{i + 1}": sizes[i : i + 2] for i in range(3)}
@@ -200,7 +208,8 @@ def apply_fn_of(net: str) -> Callable[[Any, jax.Array], jax.Array]:
     """A net as users write it: (params, inputs) -> logits.
 
     "affine" is a net of one row under vmap. "smooth" is of a batch, with tanh(u) + u / 2 and
-    softplus(u) + u / 2, which are nowhere flat: DeepFool's steps stay short.
+    softplus(u) + u / 2, which are nowhere flat: DeepFool's steps stay short. "quadratic" is a sum
+    of squares per class of a product with one row.
     """
 
     def affine(params: Any, x: jax.Array) -> jax.Array:
@@ -213,13 +222,20 @@ def apply_fn_of(net: str) -> Callable[[Any, jax.Array], jax.Array]:
         second = linear("fc2", jnp.tanh(first) + first / 2)
         return linear("fc3", jax.nn.softplus(second) + second / 2)
 
-    small = {"affine": affine, "smooth": smooth}
+    def quadratic(params: Any, x: jax.Array) -> jax.Array:
+        matrices = jnp.split(params["fc1"]["kernel"].T, SMALL_CLASSES)
+        squares = lambda row: jnp.stack([jnp.sum((matrix @ row) ** 2) for matrix in matrices])
+        return jax.vmap(squares)(x) * params["fc2"]["kernel"] + params["fc2"]["bias"]
+
+    small = {"affine": affine, "smooth": smooth, QUADRATIC: quadratic}
     return small.get(net) or (lambda params, x: models.create(net).apply({"params": params}, x))
 
 
 def call(case: Case, params: Any, setup: Setup) -> Arrays:
     """What the function gives, by name, and for a loss the gradients of its mean."""
     name, apply_fn = case.function.name, apply_fn_of(case.net)
+    if name == LOGITS:
+        return {"value": apply_fn(params, setup.inputs)}
     if name in LOSSES:
         return _loss_and_gradients(case.function, apply_fn, params, setup)
     logits_fn = functools.partial(apply_fn, params)
@@ -256,6 +272,9 @@ def forward(net: str, params: Params, x: np.ndarray) -> np.ndarray:
         return _PAPER_FORWARD[net](p, x)
     if net == "affine":
         return dense(p, "fc1", x)
+    if net == QUADRATIC:
+        products = (x @ p["fc1/kernel"]).reshape(len(x), SMALL_CLASSES, RANK)
+        return np.sum(products**2, axis=-1) * p["fc2/kernel"] + p["fc2/bias"]
     first = dense(p, "fc1", x)
     second = dense(p, "fc2", np.tanh(first) + first / 2)
     return dense(p, "fc3", np.logaddexp(0, second) + second / 2)
