@@ -158,7 +158,7 @@ def test_no_gradient_flows_through_pgds_perturbation(x64):
     options = dict(norm="l2", num_steps=4, key=KEYS[0], early_stop=False)
     logits_fn = partial(net, jax.tree.map(jnp.asarray, PARAMS))
     found = attacks.pgd(
-        logits_fn, jnp.asarray(INPUTS), jnp.asarray(LABELS), epsilon=0.5, step_size=0.2, **options
+        logits_fn, jnp.asarray(INPUTS), jnp.asarray(LABELS), epsilon=0.5, step_size=0.25, **options
     )
     at_points = lambda params: (
         -jax.nn.log_softmax(net(params, INPUTS + found.perturbation))[jnp.arange(12), LABELS].mean()
