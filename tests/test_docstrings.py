@@ -9,12 +9,11 @@ import pytest
 import dd_jax
 from dd_jax import attacks, penalties
 
-WITHOUT = ("ddn", "fmn", "superdeepfool")  # They have no examples yet.
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in (dd_jax, attacks)
     for name in module.__all__
-    if inspect.isfunction(getattr(module, name)) and name not in WITHOUT
+    if inspect.isfunction(getattr(module, name))
 } | {f"dd_jax.penalties.{name}": function for name, function in penalties.PENALTIES.items()}
 
 

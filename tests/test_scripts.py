@@ -307,7 +307,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "run_stages", stop)
     code, _, err = run("train", "--config", CONFIG, "--workdir", tmp_path, *overrides())
-    assert (code, err) == (130, "Stopped. The same command goes on from the latest checkpoint.")
+    assert (code, err) == (130, "Stopped. Rerun the command to resume from the latest checkpoint.")
 
 
 def test_help_is_the_docstring():

@@ -78,6 +78,14 @@ def ddn(
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> net = lambda x: x @ weights
+    >>> found = dd_jax.attacks.ddn(net, jnp.array([[2.0, -1.0]]))
+    >>> bool(found.success[0]), round(float(jnp.linalg.norm(found.perturbation)), 2)
+    (True, 0.47)
     """
     check_arguments(inputs, labels, "l2", num_steps)
     check_bounds(bounds, inputs)

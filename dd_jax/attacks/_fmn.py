@@ -19,6 +19,9 @@ The paper's g has all components. With l1 and bounds it then spends its steps on
 are at their bounds already, and finds nothing for some images.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -49,6 +52,16 @@ from dd_jax.norms import (
     steepest_direction,
 )
 from dd_jax.types import AttackResult, LogitsFn
+
+
+class Settings(NamedTuple):
+    """What is fixed when the attack is compiled, but for the bounds."""
+
+    norm: LpNorm
+    num_steps: int
+    radius_changes: tuple[float, float]  # the first and the last
+    step_sizes: tuple[float, float]
+    bounds: Bounds | None
 
 
 def fmn(
@@ -93,6 +106,14 @@ def fmn(
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> net = lambda x: x @ weights
+    >>> found = dd_jax.attacks.fmn(net, jnp.array([[2.0, -1.0]]), num_steps=100)
+    >>> bool(found.success[0]), round(float(jnp.linalg.norm(found.perturbation)), 2)
+    (True, 0.47)
     """
     check_norm(norm, LP_NORMS)
     check_arguments(inputs, labels, num_steps=num_steps)
@@ -103,23 +124,36 @@ def fmn(
     traces = trace(logits_fn, inputs)
     _, labels, right = labels_to_leave(traces, inputs, labels)
     problem = make_problem(inputs, labels, bounds, norm)
-
-    def step(part: Problem, path: Path, view: View) -> tuple[Array, Array]:
-        gradient = free_part(view.gradient, path.perturbation, part.inputs, bounds)
-        view = view._replace(gradient=gradient)
-        schedule = path.num_steps, num_steps, inputs.dtype
-        change = half_cosine(radius_change, final_radius_change, *schedule)
-        unfound = (1 + final_radius_change) * radius_to_boundary(path, view, norm)
-        radius = jnp.minimum(next_radius(path, view, change, unfound), part.largest)
-        ascent = steepest_direction(gradient, "l2")
-        length = half_cosine(step_size, final_step_size, *schedule)
-        moved = path.perturbation + per_example(length, ascent) * ascent
-        return stay_within(project(moved, radius, norm), part.inputs, bounds), radius
-
+    radius_changes = (radius_change, final_radius_change)
+    step_sizes = (step_size, final_step_size)
+    settings = Settings(norm, num_steps, radius_changes, step_sizes, bounds)
+    step = partial(next_perturbation, settings)
     radius = jnp.zeros(len(inputs), inputs.dtype)
     return take_steps(
         traces, problem, right, radius, rival_difference, step, num_steps=num_steps, norm=norm
     )
+
+
+def next_perturbation(
+    settings: Settings, part: Problem, path: Path, view: View
+) -> tuple[Float[Array, "rows ..."], Float[Array, " rows"]]:
+    """D_k+1 and e_k+1."""
+    bounds, norm = settings.bounds, settings.norm
+    gradient = free_part(view.gradient, path.perturbation, part.inputs, bounds)
+    view = view._replace(gradient=gradient)
+    schedule = path.num_steps, settings.num_steps, part.inputs.dtype
+    change = half_cosine(*settings.radius_changes, *schedule)
+    unfound = (1 + settings.radius_changes[1]) * radius_to_boundary(path, view, norm)
+    radius = jnp.minimum(next_radius(path, view, change, unfound), part.largest)
+    length = half_cosine(*settings.step_sizes, *schedule)
+    moved = project(ascended(path, view, length), radius, norm)
+    return stay_within(moved, part.inputs, bounds), radius
+
+
+def ascended(path: Path, view: View, length: Float[Array, " rows"]) -> Float[Array, "rows ..."]:
+    """The perturbation after a step of that l2 length up the loss."""
+    direction = steepest_direction(view.gradient, "l2")
+    return path.perturbation + per_example(length, direction) * direction
 
 
 def free_part(

@@ -3,6 +3,7 @@ loop of those that take a fixed number of steps.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.attacks._carlini_wagner_problem import leads_of
 from dd_jax.attacks._queue import next_rows, plan_turns
 from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within
-from dd_jax.types import AttackResult, Scalar
+from dd_jax.types import AttackResult, LogitsFn, Scalar
 from dd_jax.xla.closure_convert import Traces
 
 
@@ -149,35 +150,45 @@ def take_steps(
     apply_fn, closure, turns = plan_turns(traces, len(problem.inputs))
     closure = jax.tree.map(lax.stop_gradient, closure)
 
-    def look(x: Float[Array, "rows ..."], labels: Int[Array, " rows"]) -> View:
-        def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
-            logits = apply_fn(closure, x)
-            loss = loss_fn(logits, labels).astype(x.dtype)
-            return jnp.sum(loss), (fools_at(logits, labels), loss)
-
-        gradient, (fools, loss) = jax.grad(total, has_aux=True)(x)
-        return View(fools, loss, jnp.where(jnp.isfinite(gradient), gradient, 0))
+    net = partial(apply_fn, closure)
 
     def turn(path: Path) -> Path:
         rows, to = next_rows(jnp.where(right, num_steps - path.num_steps, 0), turns.num_rows)
         part, before = jax.tree.map(lambda x: x[rows], (problem, path))
-        view = look(part.inputs + before.perturbation, part.labels)
-        size = lp_norm(before.perturbation, norm)
-        here = Smallest(before.perturbation, size, before.num_steps)
-        smallest = smaller_of(before.smallest, here, view.fools)
-        moved = step_fn(part, before._replace(smallest=smallest), view)
-        after = Path(*moved, smallest, before.num_steps + 1)
+        after = move_on(net, part, before, loss_fn, step_fn, norm)
         return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), path, after)
 
-    start = Path(
-        jnp.zeros_like(problem.inputs),
-        start_radius,
-        nothing_yet(problem.inputs),
-        jnp.zeros_like(problem.labels),
-    )
+    zeros, none = jnp.zeros_like(problem.inputs), jnp.zeros_like(problem.labels)
+    start = Path(zeros, start_radius, nothing_yet(problem.inputs), none)
     goes_on = lambda path: jnp.any(right & (path.num_steps < num_steps))
     path = lax.while_loop(goes_on, turn, start)
     return as_result(traces, problem, right, path.smallest, path.perturbation, num_steps)
+
+
+def move_on(
+    net: LogitsFn, part: Problem, before: Path, loss_fn: LossFn, step_fn: StepFn, norm: LpNorm
+) -> Path:
+    """One step of some examples."""
+    view = look(net, part.inputs + before.perturbation, part.labels, loss_fn)
+    size = lp_norm(before.perturbation, norm)
+    here = Smallest(before.perturbation, size, before.num_steps)
+    smallest = smaller_of(before.smallest, here, view.fools)
+    moved = step_fn(part, before._replace(smallest=smallest), view)
+    return Path(*moved, smallest, before.num_steps + 1)
+
+
+def look(
+    net: LogitsFn, x: Float[Array, "rows ..."], labels: Int[Array, " rows"], loss_fn: LossFn
+) -> View:
+    """What an attack sees of the net at x."""
+
+    def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
+        logits = net(x)
+        loss = loss_fn(logits, labels).astype(x.dtype)
+        return jnp.sum(loss), (fools_at(logits, labels), loss)
+
+    gradient, (fools, loss) = jax.grad(total, has_aux=True)(x)
+    return View(fools, loss, jnp.where(jnp.isfinite(gradient), gradient, 0))
 
 
 def as_result(

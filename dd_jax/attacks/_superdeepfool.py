@@ -98,6 +98,14 @@ def superdeepfool(
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
+
+    >>> import jax.numpy as jnp
+    >>> import dd_jax
+    >>> weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    >>> net = lambda x: x @ weights
+    >>> found = dd_jax.attacks.superdeepfool(net, jnp.array([[2.0, -1.0]]))
+    >>> bool(found.success[0]), round(float(jnp.linalg.norm(found.perturbation)), 2)
+    (True, 0.47)
     """
     options = Options("l2", num_steps, overshoot, 0.0, num_candidates, class_chunk_size)
     check_arguments(inputs, labels, "l2", num_steps)
@@ -155,31 +163,41 @@ def take_step(
     bounds: Bounds | None,
 ) -> Walk:
     """Looks at the perturbation, and goes to the boundary or onto its normal."""
-    here = walk.perturbation
-    everywhere = jnp.ones_like(walk.active)
-    searched = deepfool_step.Problem(part.inputs, part.labels, everywhere, candidates)
-    step, _, _ = nearest_step(apply_fn, closure, part.inputs + here, searched, options)
+    here, axes = walk.perturbation, tuple(range(1, walk.perturbation.ndim))
+    step = deepfool_step_from(apply_fn, closure, part, candidates, here, options)
     fools, normal = look(apply_fn, closure, part.inputs + here, part.labels)
     found = Smallest(here, lp_norm(here, "l2"), walk.num_steps)
     done = fools & walk.is_projected
-    length = jnp.sum(here * normal, axis=tuple(range(1, here.ndim)))
     least = per_example(LEAST_STEP * found.size, here) * normal
     onwards = here + (1 + options.overshoot) * step + least
-    moved = jnp.where(
-        per_example(fools, here), walk.start + per_example(length, here) * normal, onwards
-    )
+    moved = jnp.where(per_example(fools, here), on_normal(walk, normal), onwards)
     moved = jnp.where(per_example(done, here), here, stay_within(moved, part.inputs, bounds))
+    start = jnp.where(per_example(fools, here), moved, walk.start)
+    best = smaller_of(walk.reached, found, fools & ~done), smaller_of(walk.projected, found, done)
     num_steps = walk.num_steps + 1
-    goes_on = jnp.any(moved != here, axis=tuple(range(1, here.ndim)))
-    return Walk(
-        moved,
-        jnp.where(per_example(fools, here), moved, walk.start),
-        fools,
-        smaller_of(walk.reached, found, fools & ~done),
-        smaller_of(walk.projected, found, done),
-        num_steps,
-        goes_on & (num_steps < options.num_steps),
-    )
+    goes_on = jnp.any(moved != here, axis=axes) & (num_steps < options.num_steps)
+    return Walk(moved, start, fools, *best, num_steps, goes_on)
+
+
+def on_normal(walk: Walk, normal: Float[Array, "rows ..."]) -> Float[Array, "rows ..."]:
+    """S plus the projection of D on the unit normal."""
+    here = walk.perturbation
+    length = jnp.sum(here * normal, axis=tuple(range(1, here.ndim)))
+    return walk.start + per_example(length, here) * normal
+
+
+def deepfool_step_from(
+    apply_fn: ApplyFn,
+    closure: Closure,
+    part: Problem,
+    candidates: Int[Array, "rows others"],
+    here: Float[Array, "rows ..."],
+    options: Options,
+) -> Float[Array, "rows ..."]:
+    """DeepFool's step away from the labels, at the perturbed inputs."""
+    away = jnp.ones(part.labels.shape, bool)
+    searched = deepfool_step.Problem(part.inputs, part.labels, away, candidates)
+    return nearest_step(apply_fn, closure, part.inputs + here, searched, options)[0]
 
 
 def look(

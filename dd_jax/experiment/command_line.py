@@ -67,7 +67,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
 
 def prepared_by_all(prepare: Callable[[], Prepared]) -> Prepared:
-    """What `prepare` returns, once all processes have got theirs; no process goes on where it fails
+    """What `prepare` returns, once it has succeeded in all processes; none continues where it fails
     for another.
 
     Raises:
@@ -109,10 +109,10 @@ def run(main: Callable[[], None], remark: str = "") -> None:
     except USER_ERRORS as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _end("\nStopped. The same command goes on from the latest checkpoint.", INTERRUPTED)
+        _end("\nStopped. Rerun the command to resume from the latest checkpoint.", INTERRUPTED)
     # All processes end so, after the same step: they can wait for each other.
     except Terminated as reason:
-        print(f"\n{reason} The same command goes on from there.", file=sys.stderr)
+        print(f"\n{reason} Rerun the command to resume.", file=sys.stderr)
         sys.exit(TERMINATED)
     except Exception:
         if parallel.is_one_of_several():

@@ -254,7 +254,7 @@ def check_directory(config: ConfigDict, workdir: pathlib.Path) -> None:
             )
             raise ConfigurationError(
                 f"The run directory {workdir} belongs to another configuration: {listed}; "
-                "give another one with --workdir, or remove it to start anew."
+                "give another one with --workdir, or remove it to start again."
             )
     elif workdir.exists() and (
         not workdir.is_dir() or any(file.name != PARTIAL_NAME for file in workdir.iterdir())

@@ -70,7 +70,7 @@ class Checkpoints:
 
         Where the latest is damaged, stderr says so, and it is the one before. What was damaged is
         moved into the folder DIRECTORY_damaged beside this one, since its step will be saved again.
-        Not so where nothing may be written: who reads only wants the latest.
+        With `read_only` only the latest is read.
 
         Raises:
           FileNotFoundError: there is none.
@@ -87,17 +87,15 @@ class Checkpoints:
                 return jax.tree.map(jnp.asarray, state)
             if self._read_only:
                 raise DamagedCheckpointError(
-                    f"The checkpoint {directory / str(step)} is damaged ({damaged[step]}): let "
-                    f"train.py go on in its run "
-                    "directory, which makes it again."
+                    f"The checkpoint {directory / str(step)} is damaged ({damaged[step]}): rerun "
+                    "train.py on its run directory, which makes it again."
                 )
         if not damaged:
             raise FileNotFoundError(f"There is no checkpoint in {directory}.")
         step, reason = next(iter(damaged.items()))
         raise DamagedCheckpointError(
             f"None of the checkpoints in {directory} can be read (step {step}: {reason}): remove "
-            f"that folder, and train.py "
-            "trains this stage from its beginning."
+            "that folder, and train.py trains this stage from its beginning."
         )
 
     def _read(self, step: int, arrays: State) -> tuple[State | None, str]:
