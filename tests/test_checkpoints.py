@@ -158,7 +158,7 @@ def test_where_the_latest_is_damaged_the_one_before_is_taken_and_its_step_can_be
     damage(folder / "4")
     with pytest.raises(
         DamagedCheckpointError,
-        match=r"stage/4 is damaged \(.*\): let train.py go on in its run directory",
+        match=r"stage/4 is damaged \(.*\): rerun train.py on its run directory",
     ):
         restored(folder, like)
     assert (folder / "4").exists()
