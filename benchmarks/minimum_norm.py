@@ -94,8 +94,8 @@ def sizes(perturbation: np.ndarray, name: str) -> np.ndarray:
 
 def measure_ours(
     name: str, logits_fn: Callable, images: jax.Array, num_steps: int
-) -> dict[str, float]:
-    """The mean distance, success and seconds of our attack."""
+) -> dict[str, Any]:
+    """The distances, successes and seconds of our attack."""
     predict = jax.jit(lambda x: logits_fn(x).argmax(axis=1))
     labels = predict(images)
     attack = jax.jit(partial(ours(name, num_steps), logits_fn))
@@ -109,11 +109,11 @@ def measure_ours(
     if not np.array_equal(success, found.success) or not np.all(inside):
         raise AssertionError(f"{name}: the attack reports what a separate forward pass denies.")
     distance = sizes(found.perturbation, name)
-    return {"distance": distance.mean(), "success": success.mean(), "seconds": seconds}
+    return {"distance": distance, "success": success, "seconds": seconds}
 
 
-def measure_theirs(name: str, net: Callable, images: Any, num_steps: int) -> dict[str, float]:
-    """The mean distance, success and seconds of adversarial-library's attack."""
+def measure_theirs(name: str, net: Callable, images: Any, num_steps: int) -> dict[str, Any]:
+    """The distances, successes and seconds of adversarial-library's attack."""
     with torch.no_grad():
         labels = net(images).argmax(dim=1)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def measure_theirs(name: str, net: Callable, images: Any, num_steps: int) -> dic
     adversarial = theirs(name, num_steps)(model=net, inputs=images, labels=labels).detach()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        success = (net(adversarial).argmax(dim=1) != labels).double().mean().item()
+        success = (net(adversarial).argmax(dim=1) != labels).numpy()
     distance = sizes((adversarial - images).numpy(), name)
     return {"distance": distance.mean(), "success": success, "seconds": seconds}
 
@@ -145,9 +145,19 @@ def measure_net(net_name: str, arguments: argparse.Namespace) -> list[dict[str, 
             of_torch = torch_net(net_name, jax.tree.map(torch.tensor, weights), low, width)
             inputs = torch.tensor(images)
             result["theirs"] = measure_theirs(name, of_torch, inputs, arguments.num_steps)
+        summarize(result)
         results.append(result)
         print(row(result), flush=True)
     return results
+
+
+def summarize(result: dict[str, Any]) -> None:
+    """Replaces arrays by means; distances count where every attack of that name succeeds."""
+    both = [result[whose] for whose in ("ours", "theirs") if whose in result]
+    common = np.all([of["success"] for of in both], axis=0)
+    for of in both:
+        of["distance"] = float(of["distance"][common].mean())
+        of["success"] = float(of["success"].mean())
 
 
 def row(result: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 the run.
 
 Everything that can be wrong with a configuration becomes a ConfigurationError of one sentence: what
-was wrong, what is allowed, what to do.
+was wrong, what is allowed, what to do. (ml_collections' config_flags is not used, because it holds
+one configuration per process in absl's flags, and a sweep reads many.)
 """
 
 import ast
