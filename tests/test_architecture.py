@@ -278,15 +278,20 @@ def test_what_is_public_is_typed_and_documented(module):
 
 
 COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
-TOKENS = {
-    module: [
-        token.start[0]
-        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-        if token.type in COUNTED
-    ]
-    for module, path in FILES.items()
-}
-"""Of each module the lines on which its tokens begin."""
+# From Python 3.12 on, an f-string is many tokens between these two; before, it is one.
+FSTRING_START, FSTRING_END = (getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END"))
+
+
+def token_lines(path):
+    """The lines on which a file's tokens begin; an f-string is one token."""
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if depth == 0 and token.type in (*COUNTED, FSTRING_START):
+            yield token.start[0]
+        depth += (token.type == FSTRING_START) - (token.type == FSTRING_END)
+
+
+TOKENS = {module: list(token_lines(path)) for module, path in FILES.items()}
 
 
 def tokens_of(module, node):
