@@ -123,7 +123,7 @@ def measure_theirs(name: str, net: Callable, images: Any, num_steps: int) -> dic
     with torch.no_grad():
         success = (net(adversarial).argmax(dim=1) != labels).numpy()
     distance = sizes((adversarial - images).numpy(), name)
-    return {"distance": distance.mean(), "success": success, "seconds": seconds}
+    return {"distance": distance, "success": success, "seconds": seconds}
 
 
 def measure_net(net_name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:

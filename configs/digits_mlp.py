@@ -3,12 +3,12 @@ Defense work.
 
     python train.py --config configs/digits_mlp.py
 
-A minute on 2 CPU cores (jax 0.10.2, XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, seed 0, 360
-test images, pixels / 255):
+A minute on 2 cores of an Intel Xeon (jax 0.10.2, XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=,
+seed 0, 360 test images, pixels / 255; on an AMD EPYC Deep Defense ended at 0.1910):
 
                   accuracy   rho_2    l_2  DeepFool success
     reference       98.89%  0.1122  1.450           100.00%
-    deep_defense    98.33%  0.1910  2.462           100.00%
+    deep_defense    98.33%  0.1884  2.428           100.00%
 """
 
 from configs import default

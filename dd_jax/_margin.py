@@ -129,21 +129,26 @@ def _solve(solver: Solver, traces: Traces, problem: Problem) -> tuple[Array, Arr
     """The solver's perturbations and steps: away from the label where the net is right, elsewhere
     towards it.
 
-    Each of the two calls leaves the examples of the other alone, because these are classified as it
-    wants already.
+    Each of the two calls is given all examples, and counts for its own.
     """
-    inputs, labels = problem.inputs, problem.labels
+    inputs, labels, correct, _ = problem
     net = partial(_frozen_logits, traces, inputs)
 
     def against(x: Float[Array, "batch ..."]) -> Float[Array, "batch two"]:
+        if x.shape[0] != labels.shape[0]:
+            raise ValueError(
+                f"The solver calls the net with {x.shape[0]} rows; towards the labels it must call "
+                f"it with the whole batch, {labels.shape[0]} rows in their order."
+            )
         of_label, of_others = _label_and_others(net(x), labels)
         return jnp.stack([of_others, of_label], axis=-1)
 
     away = _checked_result(solver(net, inputs, labels), inputs)
     towards = _checked_result(solver(against, inputs, jnp.zeros_like(labels)), inputs)
     away, towards = jax.tree.map(lax.stop_gradient, (away, towards))
-    steps = jnp.maximum(away.num_steps, towards.num_steps)
-    return away.perturbation + towards.perturbation, steps
+    pick = lambda a, b: jnp.where(per_example(correct, a), a, b)
+    perturbation = pick(away.perturbation, towards.perturbation)
+    return perturbation.astype(inputs.dtype), pick(away.num_steps, towards.num_steps)
 
 
 def _frozen_logits(traces: Traces, inputs: Array, x: Float[Array, "rows ..."]) -> Array:
@@ -151,7 +156,7 @@ def _frozen_logits(traces: Traces, inputs: Array, x: Float[Array, "rows ..."]) -
     over.
     """
     if x.shape[1:] != inputs.shape[1:] or x.dtype != inputs.dtype:
-        return traces.logits_fn(x)
+        traces = Traces(traces.logits_fn, x)
     apply_fn, closure = closure_convert(traces, x.shape[0], rewrite=False)
     return apply_fn(jax.tree.map(lax.stop_gradient, closure), x)
 

@@ -112,14 +112,18 @@ def project(
     example.
 
     Never outside by rounding: the l1 and l2 balls are taken smaller by sqrt(size of an example)
-    units of the dtype's precision, which is more than summing in another order makes.
+    units of the dtype's precision, which is more than summing in another order makes. Half
+    precision is computed in float32, with balls smaller by one unit of the half precision.
     """
     check_norm(norm, LP_NORMS)
+    if norm == "linf":
+        return jnp.clip(x, -per_example(radius, x), per_example(radius, x))
+    if jnp.finfo(x.dtype).bits < 32:
+        shorter = (1 - float(jnp.finfo(x.dtype).eps)) * radius.astype(jnp.float32)
+        return project(x.astype(jnp.float32), shorter, norm).astype(x.dtype)
     if norm == "l1":
         x = _lower_to_l1_ball(x, radius)
     radius = per_example(radius, x)
-    if norm == "linf":
-        return jnp.clip(x, -radius, radius)
     radius = radius * (1 - math.prod(x.shape[1:]) ** 0.5 * jnp.finfo(x.dtype).eps)
     size = per_example(lp_norm(x, norm), x)
     return jnp.where(size > radius, x * (radius / jnp.where(size == 0, 1, size)), x)

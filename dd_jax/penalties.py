@@ -17,6 +17,7 @@ The functions here check no values: `dd_jax.regularizer` refuses negative scales
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -66,7 +67,7 @@ def hinge(
     >>> penalties.hinge(margin, correct).tolist()
     [0.5, 0.0, 1.5]
     """
-    return jnp.maximum(0, 1 - _scaled(margin, correct, correct_scale, wrong_scale))
+    return jax.nn.relu(1 - _scaled(margin, correct, correct_scale, wrong_scale))
 
 
 def linear(

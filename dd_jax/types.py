@@ -35,5 +35,6 @@ Solver = Callable[..., AttackResult]
 """An attack as `solver(logits_fn, inputs, labels) -> AttackResult`, such as `dd_jax.deepfool`.
 
 It searches for a small perturbation with which the prediction is not `labels`. An input that is
-classified differently already gets a zero perturbation. Fix its options with `functools.partial`.
+classified differently already gets a zero perturbation. It calls the net with the whole batch, its
+rows in their order. Fix its options with `functools.partial`.
 """

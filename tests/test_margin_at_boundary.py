@@ -289,10 +289,10 @@ def test_any_attack_can_be_the_solver_and_sees_no_gradients():
 
 WRONG_CALLS = [
     (dict(gradient="implicit"), "gradient is 'implicit'; it must be 'through_iterates' or 'at_bou"),
-    (dict(solver=dd_jax.deepfool), "of a|'through_iterates' is .* give gradient='at_boundary'"),
+    (dict(solver=dd_jax.deepfool), "'through_iterates' is .* give gradient='at_boundary'"),
     (
         AT_BOUNDARY | dict(solver=lambda net, x, y: x),
-        r"solver must return a dd_jax\.AttackResult; it returned a .*Tracer|Array",
+        r"solver must return a dd_jax\.AttackResult; it returned a .*(Tracer|Array)",
     ),
     (
         AT_BOUNDARY | dict(solver=lambda net, x, y: dd_jax.AttackResult(x[:3], y[:3] > 0, y[:3])),
@@ -308,3 +308,28 @@ WRONG_CALLS = [
 def test_wrong_solvers_and_gradients_are_refused(function, options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         function(NET, INPUTS, jnp.zeros(9, int), **options)
+
+
+def test_a_solver_that_calls_the_net_with_other_rows_is_told_so():
+    def row_by_row(logits_fn, inputs, labels):
+        logits_fn(inputs[:1])
+        return dd_jax.deepfool(logits_fn, inputs, labels)
+
+    with pytest.raises(ValueError, match="calls the net with 1 rows; .* whole batch, 3 rows"):
+        net, x = (lambda x: x @ jnp.eye(2)), jnp.array([[2.0, 1.0], [1.0, 2.0], [3.0, 1.0]])
+        options = dict(solver=row_by_row, gradient="at_boundary")
+        dd_jax.signed_margin(net, x, jnp.array([0, 0, 1]), **options)
+
+
+def test_each_example_counts_in_one_of_the_solver_s_calls():
+    """A solver that moves everything, also what is classified as it wants already."""
+
+    def restless(logits_fn, inputs, labels):
+        ones = jnp.ones(len(inputs), bool)
+        return dd_jax.AttackResult(jnp.ones_like(inputs), ones, ones.astype(jnp.int32))
+
+    net, x = (lambda x: x @ jnp.eye(2)), jnp.array([[2.0, 1.0], [1.0, 2.0]])
+    options = dict(solver=restless, gradient="at_boundary")
+    margin = dd_jax.signed_margin(net, x, jnp.array([0, 0]), **options)
+    size = (2 / 5) ** 0.5
+    np.testing.assert_allclose(margin, [size, -size], rtol=1e-6)

@@ -192,3 +192,15 @@ def test_bounds_that_make_no_sense_cost_one_sentence(bounds, said):
     with pytest.raises(ValueError, match=said) as caught:
         check_bounds(bounds, X)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_projections_in_half_precision_keep_their_direction_and_stay_inside(norm):
+    x = jax.random.normal(jax.random.key(0), (2, 3 * 224 * 224)).astype(jnp.bfloat16)
+    radius = jnp.array([5.0, 50.0], jnp.bfloat16)
+    found = project(x, radius, norm)
+    assert found.dtype == jnp.bfloat16
+    size = lp_norm(found.astype(jnp.float32), norm)
+    limit = radius.astype(jnp.float32)
+    assert (size <= limit).all() and (size >= 0.95 * limit).all()
+    assert (jnp.sign(found) * jnp.sign(x) >= 0).all()

@@ -181,3 +181,8 @@ def test_a_penalty_that_is_not_one_number_per_example_is_refused(unchecked):
     mean = lambda margin, correct: margin.mean()
     with pytest.raises(ValueError, match=r"one number per example, of shape \(9,\).* shape \(\)"):
         dd_jax.regularizer(NET, INPUTS, LABELS, penalty_fn=mean)
+
+
+def test_the_hinge_has_no_gradient_at_its_corner():
+    slope = jax.grad(lambda m: penalties.hinge(m, jnp.array([True]), correct_scale=4.0).sum())
+    assert slope(jnp.array([0.25])).tolist() == [0.0]

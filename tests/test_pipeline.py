@@ -166,9 +166,9 @@ def test_a_run_asked_to_end_on_four_devices_goes_on_on_one(folder, tmp_path):
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=120)
-    assert first.returncode == 143 and "is saved. Rerun the command to resume." in said, (
-        said[-2000:]
-    )
+    assert first.returncode == 143 and "is saved. Rerun the command to resume." in said, said[
+        -2000:
+    ]
     saved = max(
         int(path.name)
         for path in (tmp_path / "run/checkpoints/defended").iterdir()

@@ -59,3 +59,28 @@ def test_a_net_is_traced_once_for_each_number_of_rows(name, differentiate, short
     sizes = sizes_traced(name, differentiate)
     assert len(sizes) == len(set(sizes)), f"traced for {sizes} rows"
     assert set(sizes) == ({9} if name in QUEUED else {9, 3, 1})
+
+
+def test_weights_of_a_callable_object_may_change_between_calls():
+    """JAX keeps traces by the function's identity; ours are of one call."""
+
+    class Net:
+        weights = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+
+        def __call__(self, x):
+            return x @ self.weights
+
+    net, x, labels = Net(), jnp.array([[2.0, -1.0]]), jnp.array([0])
+    before = dd_jax.deepfool(net, x).perturbation
+    net.weights = 2 * net.weights.at[0, 0].set(-7.0)
+    fresh = Net()
+    fresh.weights = net.weights
+    after = dd_jax.deepfool(net, x).perturbation
+    assert (after == dd_jax.deepfool(fresh, x).perturbation).all() and (after != before).any()
+
+    def loss(weights):
+        net.weights = weights
+        return dd_jax.regularizer(net, x, labels).sum()
+
+    first, second = jax.grad(loss)(Net.weights), jax.grad(loss)(Net.weights)
+    assert (first == second).all()

@@ -113,7 +113,8 @@ def leads_of(
     """z_y - z_j for every class j, increased by ROUNDING units of precision; inf for j = y."""
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
-    largest = jnp.max(jnp.abs(lax.stop_gradient(logits)), axis=-1, keepdims=True)
+    finite = jnp.where(jnp.isfinite(logits), lax.stop_gradient(logits), 0)
+    largest = jnp.max(jnp.abs(finite), axis=-1, keepdims=True)
     return jnp.where(
         is_label, jnp.inf, of_label - logits + ROUNDING * jnp.finfo(logits.dtype).eps * largest
     )

@@ -101,7 +101,8 @@ def fmn(
       the limit where there was no success.
 
     Edges: what is misclassified already is done: zero perturbation, success, zero steps. Where all
-    gradients vanish (dead net) or are not finite, nothing moves. A batch may be empty. Results do
+    gradients vanish (dead net) or are not finite, nothing moves. An input at which two classes tie
+    exactly may stay where it is, without success. A batch may be empty. Results do
     not depend on the rest of the batch. Gradients do not flow through the result.
 
     Raises:

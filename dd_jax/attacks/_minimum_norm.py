@@ -119,7 +119,7 @@ def fools_at(
     """Whether another class wins, by more than rounding may take back where the net is compiled
     otherwise.
     """
-    return jnp.min(leads_of(logits, labels), axis=-1) <= 0
+    return jnp.min(leads_of(logits, labels), axis=-1) < 0
 
 
 def rival_difference(

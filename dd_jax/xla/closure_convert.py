@@ -68,7 +68,10 @@ class Traces:
     def _traced(self, num_rows: int) -> tuple[jex_core.ClosedJaxpr, Any]:
         if num_rows not in self._of:
             shape = jax.ShapeDtypeStruct((num_rows, *self._row_shape), self._dtype)
-            self._of[num_rows] = jax.make_jaxpr(self.logits_fn, return_shape=True)(shape)
+            # A function of its own each time: JAX keeps traces by the function's identity, and the
+            # weights of a callable object may have changed since.
+            trace = jax.make_jaxpr(lambda x: self.logits_fn(x), return_shape=True)
+            self._of[num_rows] = trace(shape)
         return self._of[num_rows]
 
 
