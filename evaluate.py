@@ -1,7 +1,8 @@
 """Measures a finished run, from its checkpoints, draws its figures, and compares runs.
 
     python evaluate.py --workdir runs/digits_mlp [--measure deepfool fgsm ...] [--limit N]
-    [--data_dir DIR] python evaluate.py --compare runs/six/* [--out runs/comparison]
+        [--data_dir DIR]
+    python evaluate.py --compare runs/ten/* [--out runs/comparison]
 
 The first writes report.json and plots/ into the run directory. The second prints the paper's table,
 measured beside published, and draws the paper's Figures 5 to 8; runs that are not fully measured

@@ -15,7 +15,8 @@ from functools import partial
 
 from dd_jax import parallel, xla
 from dd_jax.experiment import build, command_line, configuration, runs, sweeps
-from dd_jax.results.report import file_name, table
+from dd_jax.results.report import REFERENCE, file_name, table
+from dd_jax.training.loop import latest_step
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def checked(arguments, overrides: Sequence[str], workdir: pathlib.Path):
 def prepared(arguments, overrides: Sequence[str], workdir: pathlib.Path):
     config = checked(arguments, overrides, workdir)
     run = build.build_run(config, workdir)
-    if run.load_reference is not None:
+    if run.load_reference is not None and latest_step(workdir, REFERENCE) is None:
         run.load_reference()  # Whether it is of use is said before the run begins.
     return config, run
 

@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
                 "test_limit": 0,  # only the first so many test images; 0: all
             },
             "reference": {
-                # A run directory or an .npz of PyTorch-named arrays to take the reference net from;
+                # A run directory or a file of weights to take the reference net from;
                 # "": train it.
                 "source": "",
                 "num_epochs": 30,
@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
                 "absolute_correct_scale": 2.0,  # of AMM's penalty on ||D||, where right
                 "absolute_wrong_scale": 1.0,  # where wrong
                 "aggregation": "min",  # of AMM's penalties: min (the worst of the batch), mean
-                "worst_fraction": 0.2,  # of the batch, which "min" averages over
+                "worst_fraction": 0.2,  # of the batch, among which "min" takes each class's worst
                 "beta": 1e-4,  # of Parseval's retraction
             },
             "fine_tuning": {
@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 500,  # the figures do not depend on it
                 "num_steps": 50,  # DeepFool's, at most
                 "overshoot": 0.02,
-                # FGSM, PGD and C&W stay within the values that pixels can have (not where they are
+                # FGSM and PGD stay within the values that pixels can have (not where they are
                 # whitened)
                 "clip": False,
                 "epoch_examples": 0,  # measure this many test images after every epoch; 0: none

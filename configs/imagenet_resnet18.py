@@ -1,7 +1,7 @@
 """ResNet-18 on ImageNet, torchvision's inputs and weights, as in the paper's Table 3.
 
-    python train.py --config configs/imagenet_resnet18.py --data_dir DIR
-    --config.reference.source=resnet18-f37072fd.pth
+    python train.py --config configs/imagenet_resnet18.py --data_dir DIR \\
+        --config.reference.source=resnet18-f37072fd.pth
 
 DIR holds TFDS's imagenet2012; --config.data.name=image_folder reads DIR/train/CLASS/* and
 DIR/val/CLASS/* instead. The weights are torchvision's (.pth, .safetensors). Not run on all of

@@ -1,6 +1,6 @@
 """The output of a running experiment: metrics.jsonl, TensorBoard curves and progress bars.
 
-metrics.jsonl has a line of JSON with the stage for every logged interval, epoch and measurement.
+metrics.jsonl has a line of JSON with the stage for every logged interval and epoch.
 The TensorBoard curves show the same numbers. They are written by tensorboardX (`pip install
 'dd_jax[tensorboard]'`), which does not need TensorFlow.
 """

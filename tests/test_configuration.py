@@ -125,6 +125,8 @@ def test_overrides_take_the_type_of_the_field():
         "seed=True": "seed is 'True'; it must be a whole number",
         "seed=": "seed is ''; it must be a whole number",
         "seed={[]: 1}": "it must be a whole number",
+        "reference.average_decay=1": "reference.average_decay is 1.0; it must be below 1",
+        "defense.solver=ddn": "defense.solver is 'ddn'; it needs defense.gradient=at_boundary",
         "seed=-1": "seed is -1; it must be a finite number, 0 or more",
         "seed=4294967296": "seed is 4294967296; it must be below 4294967296",
         "data.flip=1": "data.flip is '1'; it must be true or false",

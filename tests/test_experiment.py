@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -469,6 +470,29 @@ def test_a_run_of_another_net_or_input_space_or_one_that_is_not_finished_is_refu
         configuration.claim_directory(theirs, tmp_path / "theirs")
         message = refusal_of_source(tmp_path / "mine", tmp_path / "theirs")
         assert str(tmp_path / "theirs") in message and said in message
+
+
+def test_a_finished_run_does_not_need_its_reference_s_source(finished, tmp_path):
+    source = shutil.copytree(finished, tmp_path / "source")
+    override = f"reference.source={source}"
+    report = run(tmp_path / "run", "defense.name=clean", override)
+    shutil.rmtree(source)
+    parts = built(tmp_path / "run", "defense.name=clean", override)
+    assert build.restore_state(parts, DEFENDED).step == DEFENDED_STEPS
+    assert run(tmp_path / "run", "defense.name=clean", override) == report
+
+
+def test_a_stage_that_is_trained_again_is_measured_again(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    report = read_report(copy)
+    report.measured[DEFENDED] = {"num_examples": 45, "accuracy_pgd": 0.5}
+    (copy / "report.json").write_text(json.dumps(report._asdict()))
+    assert run(copy).measured == {
+        REFERENCE: report.measured[REFERENCE],
+        DEFENDED: report.measured[DEFENDED] | read_report(finished).measured[DEFENDED],
+    }, "what the defended net lacks is measured"
+    shutil.rmtree(copy / "checkpoints/defended")
+    assert run(copy).measured == read_report(finished).measured, "PGD was of the net before"
 
 
 # Before a run

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dd_jax import log, models, pretrained, training
 from dd_jax.data import Preprocessing
 from dd_jax.evaluation import Evaluator
-from dd_jax.experiment.configuration import ConfigurationError, load
+from dd_jax.experiment.configuration import ConfigurationError, flatten, load
 from dd_jax.experiment.inputs import Feed, open_inputs, preprocessing_name
 from dd_jax.experiment.plans import (
     Facts,
@@ -24,7 +24,7 @@ from dd_jax.experiment.plans import (
 )
 from dd_jax.results.report import DEFENDED, REFERENCE, read_report
 from dd_jax.training import TrainState
-from dd_jax.training.loop import StagePlan, open_checkpoints
+from dd_jax.training.loop import StagePlan, latest_step, open_checkpoints
 
 Weights = tuple[Any, Any]
 """Parameters and batch statistics, empty for nets without batch normalization."""
@@ -97,15 +97,14 @@ def open_run_like(run: Run, workdir: pathlib.Path) -> Run:
     """
     config = load(workdir)
     config.data.dir = run.facts.config["data.dir"]
-    theirs = build_run(config, workdir, like=run)
-    ours, others = (how_measured(each.facts.config) for each in (run, theirs))
-    names = ours.keys() | others.keys()
-    if different := sorted(name for name in names if ours.get(name) != others.get(name)):
+    ours, theirs = how_measured(run.facts.config), how_measured(flatten(config))
+    names = ours.keys() | theirs.keys()
+    if different := sorted(name for name in names if ours.get(name) != theirs.get(name)):
         raise ConfigurationError(
             f"{workdir} and {run.workdir} differ in {', '.join(different)}; only runs whose data, "
             "net and measurements are the same compare."
         )
-    return theirs
+    return build_run(config, workdir, like=run)
 
 
 def restore_state(run: Run, stage_name: str) -> TrainState:
@@ -116,10 +115,7 @@ def restore_state(run: Run, stage_name: str) -> TrainState:
 
 def check_finished(run: Run, stage_name: str) -> None:
     """ConfigurationError before that stage of the run directory is trained to its end."""
-    if not (run.workdir / "checkpoints" / stage_name).is_dir():
-        raise _unfinished(run.workdir, stage_name)
-    with open_checkpoints(run.workdir, stage_name, read_only=True) as saved:
-        step = saved.latest()
+    step = latest_step(run.workdir, stage_name)
     if step is None or step < run.stages[stage_name].num_steps:
         raise _unfinished(run.workdir, stage_name)
 
@@ -145,17 +141,17 @@ def reference_loader(
     It raises ConfigurationError where the path holds something else than a finished reference for
     this net and input space.
     """
-    if path.is_dir():
-        return lambda: _reference_of_run(config, path, model)
-    if path.suffix not in pretrained.SUFFIXES or not path.is_file():
-        kinds = ", ".join(pretrained.SUFFIXES)
-        raise ConfigurationError(
-            f"reference.source is {str(path)!r}; it must be a run directory or a file of weights "
-            f"({kinds})."
-        )
     name, data_name = config.model.name, config.data.name
 
-    def load_file() -> Weights:
+    def load_reference() -> Weights:
+        if path.is_dir():
+            return _reference_of_run(config, path, model)
+        if path.suffix not in pretrained.SUFFIXES or not path.is_file():
+            kinds = ", ".join(pretrained.SUFFIXES)
+            raise ConfigurationError(
+                f"reference.source is {str(path)!r}; it must be a run directory or a file of "
+                f"weights ({kinds})."
+            )
         try:
             variables = pretrained.load(path, name)
         except pretrained.WeightsError as error:
@@ -171,7 +167,7 @@ def reference_loader(
         both = variables["params"], variables.get("batch_stats", {})
         return jax.tree.map(jax.numpy.asarray, both)
 
-    return load_file
+    return load_reference
 
 
 def _reference_of_run(config: ConfigDict, path: pathlib.Path, model: nn.Module) -> Weights:

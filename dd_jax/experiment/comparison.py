@@ -13,11 +13,19 @@ from dd_jax import data, defenses, evaluation, parallel
 from dd_jax.evaluation import remarks
 from dd_jax.experiment.build import Run, check_finished, open_run, open_run_like, restore_state
 from dd_jax.experiment.configuration import ConfigurationError
-from dd_jax.experiment.figures import Net, draw_comparison, draw_run
+from dd_jax.experiment.figures import Net, draw_comparison, draw_run, fooling_examples
 from dd_jax.experiment.measuring import measure_state, variables_of
 from dd_jax.experiment.plans import how_measured
 from dd_jax.experiment.reporting import add_to_report, make_report
-from dd_jax.results.report import DEFENDED, REFERENCE, Report, conditions, read_report, table
+from dd_jax.results.report import (
+    DEFENDED,
+    REFERENCE,
+    Report,
+    conditions,
+    has_figures,
+    read_report,
+    table,
+)
 from dd_jax.results.tables import (
     FGSM_FRACTIONS,
     PAPERS,
@@ -81,10 +89,8 @@ def measured_report(run: Run, *, names: Names | None, limit: int | None) -> Repo
 
 def _is_complete(report: Report | None, names: Names) -> bool:
     """Whether a report holds at least these measurements of both nets."""
-    return (
-        report is not None
-        and set(names) <= set(report.names)
-        and {REFERENCE, DEFENDED} <= report.measured.keys()
+    return report is not None and all(
+        has_figures(report, stage, names) for stage in (REFERENCE, DEFENDED)
     )
 
 
@@ -126,10 +132,11 @@ def compare(
     nets = list_nets(runs, reports)
     rows, notes = table_of(nets, names, limit)
     notes.append(conditions(*reports))
+    examples = fooling_examples(nets)  # All processes measure; one writes.
     if not parallel.is_primary():
         return ""
     _write_tables(rows, notes, out)
-    draw_comparison(nets, out)
+    draw_comparison(nets, out, examples)
     written = f"written to {out}: table.txt, table.md, comparison.json, figures"
     return "\n" + "\n".join([text_table(rows), *notes, written])
 

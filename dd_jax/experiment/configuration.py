@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from dd_jax import defenses, models, training
 from dd_jax._margin import Gradient
 from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
-from dd_jax.defenses._deep_defense import SOLVERS
+from dd_jax.defenses._deep_defense import SOLVERS, named_solver
 from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
@@ -232,10 +232,29 @@ def check(config: ConfigDict) -> None:
     for name in SHARES:
         if fields.get(name, 0) > 1:
             raise ConfigurationError(f"{name} is {fields[name]}; it must be within 0..1.")
+    for name in ("reference.average_decay", "fine_tuning.average_decay"):
+        if fields.get(name, 0.0) >= 1:
+            raise ConfigurationError(f"{name} is {fields[name]}; it must be below 1.")
+    _check_solver(config)
     if fields.get("defense.num_candidates") == 1:
         raise ConfigurationError(
             "defense.num_candidates is 1; it must be at least 2, or 0 for all classes."
         )
+
+
+def _check_solver(config: ConfigDict) -> None:
+    """ConfigurationError for a solver that the chosen defense cannot use."""
+    chosen = config.defense
+    if "solver" not in defenses.option_names(chosen.name):
+        return
+    if chosen.solver != "deepfool" and chosen.gradient != "at_boundary":
+        raise ConfigurationError(
+            f"defense.solver is {chosen.solver!r}; it needs defense.gradient=at_boundary."
+        )
+    try:
+        named_solver(chosen.solver, chosen.norm)
+    except ValueError as error:
+        raise ConfigurationError(f"defense.solver: {error}") from error
 
 
 def check_directory(config: ConfigDict, workdir: pathlib.Path) -> None:

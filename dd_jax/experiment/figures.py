@@ -16,7 +16,8 @@ LABELS = {name: defense.label for name, defense in defenses.DEFENSES.items()}
 SYMBOLS = {name: defense.swept_symbol for name, defense in defenses.DEFENSES.items()}
 # Figure 7 shows a 0, the first that all nets classify rightly, among so many images.
 EXAMPLE_CANDIDATES, EXAMPLE_LABEL = 200, 0
-Curve = dict[str, list[float]]
+Examples = tuple[np.ndarray, list[plots.Example], str]
+"""An image, the examples that fool the nets, and the image's class."""
 
 
 class Net(NamedTuple):
@@ -62,8 +63,8 @@ def _curves(measured: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float],
     }
 
 
-def draw_comparison(nets: Sequence[Net], out: pathlib.Path) -> None:
-    """Figures 5 to 8, as far as the runs hold what they show."""
+def draw_comparison(nets: Sequence[Net], out: pathlib.Path, found: Examples | None) -> None:
+    """Figures 5 to 8, as far as the runs hold what they show; `found`: `fooling_examples(nets)`."""
     labels = _legend_labels([net.label for net in nets])
     if curves := _curves({net.label: net.measured for net in nets}):
         unit = nets[0].run.facts.input_unit
@@ -74,7 +75,7 @@ def draw_comparison(nets: Sequence[Net], out: pathlib.Path) -> None:
     histories = {net.label: epochs(net) for net in nets if net.stage == DEFENDED}
     if histories := {label: history for label, history in histories.items() if history}:
         plots.training_over_epochs(out, histories, labels=labels)
-    if (found := fooling_examples(nets)) is not None:
+    if found is not None:
         image, examples, label = found
         plots.fooling_examples(out, image, examples, label=label, labels=labels)
 
@@ -109,7 +110,7 @@ def epochs(net: Net) -> list[tuple[float, float, float]]:
     ]
 
 
-def fooling_examples(nets: Sequence[Net]) -> tuple[np.ndarray, list[plots.Example], str] | None:
+def fooling_examples(nets: Sequence[Net]) -> Examples | None:
     """An image that every net classifies rightly, DeepFool's example against each, and its class;
     None where there is none, and for inputs that are no images.
     """

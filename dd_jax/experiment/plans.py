@@ -134,6 +134,11 @@ def make_stage(
     if settings.max_steps:
         num_steps = min(num_steps, settings.max_steps)
     num_images = config.reference.center_on if name == REFERENCE else 0
+    if num_images and _has_batch_stats(config, name, model):
+        raise ConfigurationError(
+            f"reference.center_on is {num_images}; it must be 0 for {config.model.name}, whose "
+            "batch normalization centers its layers."
+        )
     make_state = _centered_maker(state_maker(config, name, model), model, feed, num_images)
     seeds = dict(num_steps=num_steps, seed=config.seed)
     limit = config.evaluation.epoch_examples

@@ -19,9 +19,16 @@ from dd_jax.evaluation import Summary
 from dd_jax.experiment.build import Run
 from dd_jax.experiment.measuring import measure_state
 from dd_jax.experiment.reporting import add_to_report, make_report
-from dd_jax.results.report import DEFENDED, REFERENCE, Report, read_report
+from dd_jax.results.report import (
+    DEFENDED,
+    REFERENCE,
+    Report,
+    forget_stage,
+    has_figures,
+    read_report,
+)
 from dd_jax.training import TrainState
-from dd_jax.training.loop import train_stage
+from dd_jax.training.loop import StagePlan, latest_step, train_stage
 
 
 def run_stages(run: Run) -> Report:
@@ -36,7 +43,7 @@ def run_stages(run: Run) -> Report:
     # Copies, since training donates its state.
     weights = jax.tree.map(jnp.copy, (averaged.params, averaged.batch_stats))
     plan = plan._replace(make_state=lambda: plan.with_weights(*weights))
-    defended = train_stage(plan, run.workdir)
+    defended = _trained(run, plan)
     measured[DEFENDED] = measure_once(run, DEFENDED, defended)
     return add_to_report(run, make_report(run, measured))[0]
 
@@ -48,20 +55,31 @@ def reference_state(run: Run) -> TrainState:
     file, plan = run.workdir / "preprocessing.npz", run.stages[REFERENCE]
     if parallel.is_primary() and not file.exists():
         run.preprocessing.save(file)
-    if run.load_reference is None:
-        return train_stage(plan, run.workdir)
+    if run.load_reference is None or latest_step(run.workdir, REFERENCE) is not None:
+        return _trained(run, plan)
     given = run.load_reference()
 
     def make_state() -> TrainState:
         num_steps = jnp.asarray(plan.num_steps, jnp.int32)  # Nothing is left to train.
         return plan.with_weights(*given)._replace(step=num_steps)
 
-    return train_stage(plan._replace(make_state=make_state), run.workdir)
+    return _trained(run, plan._replace(make_state=make_state))
+
+
+def _trained(run: Run, plan: StagePlan) -> TrainState:
+    """The stage trained to its end; what was measured of an earlier net of it is forgotten."""
+
+    def forget() -> None:
+        if parallel.is_primary():
+            forget_stage(run.workdir, plan.name)
+        parallel.wait_for_all(f"forgot {plan.name}")
+
+    return train_stage(plan, run.workdir, forget)
 
 
 def measure_once(run: Run, stage_name: str, state: TrainState) -> Summary:
     """The final measurement of a stage, read from the report if it was made before."""
     report = read_report(run.workdir)
-    if report is not None and stage_name in report.measured:
+    if report is not None and has_figures(report, stage_name, ("deepfool",)):
         return report.measured[stage_name]
     return measure_state(run.evaluator, state, name=stage_name)

@@ -6,11 +6,19 @@ measurement of the same images adds to it. No final figure is kept anywhere else
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dd_jax.results.tables import PAPERS, Row, has_published, text_table
 
+# A figure that each measurement gives.
+FIGURE_OF = {
+    "deepfool": "deepfool_success",
+    "fgsm": "fgsm_success",
+    "pgd": "accuracy_pgd",
+    "carlini_wagner": "carlini_wagner_success",
+    "pass": "pass",
+}
 REFERENCE, DEFENDED = "reference", "defended"
 """The two stages of a run, and their nets."""
 # Of figures and settings in reports from before they were called FGSM throughout.
@@ -99,6 +107,24 @@ def merged(before: Report | None, report: Report) -> Report:
     }
     names = list(dict.fromkeys([*before.names, *report.names]))
     return report._replace(measured=measured, names=names)
+
+
+def has_figures(report: Report, stage: str, names: Sequence[str]) -> bool:
+    """Whether a report holds these measurements of that stage's net."""
+    return {FIGURE_OF.get(name, name) for name in names} <= report.measured.get(stage, {}).keys()
+
+
+def forget_stage(workdir: pathlib.Path, stage: str) -> None:
+    """Removes what the reports of a run directory hold of a stage, whose net is trained again."""
+    for path in workdir.glob("report*.json"):
+        limit = path.stem.removeprefix("report").removeprefix("_first_")
+        report = read_report(workdir, int(limit) if limit.isdecimal() else None)
+        if report is not None and stage in report.measured:
+            del report.measured[stage]
+            if report.measured:
+                write_report(report, workdir)
+            else:
+                path.unlink()
 
 
 def rows(report: Report) -> list[Row]:

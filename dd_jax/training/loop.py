@@ -61,10 +61,13 @@ class StagePlan(NamedTuple):
     write_curves: bool = False
 
 
-def train_stage(plan: StagePlan, workdir: pathlib.Path) -> TrainState:
+def train_stage(
+    plan: StagePlan, workdir: pathlib.Path, on_training: Callable[[], None] = lambda: None
+) -> TrainState:
     """Trains a stage to its end: from its latest checkpoint if there is one, else from the start.
 
-    Terminated where the process was asked to end (SIGTERM); the state is saved then.
+    `on_training` is called before the first step, if there is one to take. Terminated where the
+    process was asked to end (SIGTERM); the state is saved then.
     """
     with open_checkpoints(workdir, plan.name) as saved:
         is_new = saved.latest() is None
@@ -74,6 +77,7 @@ def train_stage(plan: StagePlan, workdir: pathlib.Path) -> TrainState:
             log.forget_lines_after(workdir, plan.name, first_step)
         state = parallel.replicate(state)
         if first_step < plan.num_steps:
+            on_training()
             state = _train_with_progress(plan, workdir, state, saved)
         saved.save(int(state.step), parallel.as_global(state))
     return state
@@ -84,6 +88,14 @@ def open_checkpoints(
 ) -> Checkpoints:
     """The checkpoints of a stage in a run directory."""
     return Checkpoints(workdir / "checkpoints" / stage_name, read_only=read_only)
+
+
+def latest_step(workdir: pathlib.Path, stage_name: str) -> int | None:
+    """The step of a stage's latest checkpoint in a run directory; None if there is none."""
+    if not (workdir / "checkpoints" / stage_name).is_dir():
+        return None
+    with open_checkpoints(workdir, stage_name, read_only=True) as saved:
+        return saved.latest()
 
 
 def _train_with_progress(
