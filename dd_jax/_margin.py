@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 from dd_jax.attacks._arguments import check_arguments, trace
 from dd_jax.attacks._deepfool import Search, Trace, likely_classes, search
 from dd_jax.attacks._deepfool_step import Options, Problem, check_options, chosen_step
+from dd_jax.attacks._minimum_norm import label_and_others
 from dd_jax.attacks._queue import next_rows, plan_turns
 from dd_jax.norms import dual_norm, lp_norm, per_example, relative_norm
 from dd_jax.types import AttackResult, LogitsFn, Solver
@@ -140,7 +141,7 @@ def _solve(solver: Solver, traces: Traces, problem: Problem) -> tuple[Array, Arr
                 f"The solver calls the net with {x.shape[0]} rows; towards the labels it must call "
                 f"it with the whole batch, {labels.shape[0]} rows in their order."
             )
-        of_label, of_others = _label_and_others(net(x), labels)
+        of_label, of_others = label_and_others(net(x), labels)
         return jnp.stack([of_others, of_label], axis=-1)
 
     away = _checked_result(solver(net, inputs, labels), inputs)
@@ -187,7 +188,7 @@ def _boundary_distance(
 
     def lead(x: Array) -> Float[Array, " batch"]:
         """phi where the net was right, -phi where it was wrong: positive on the input's side."""
-        of_label, of_others = _label_and_others(apply_fn(closure, x), labels)
+        of_label, of_others = label_and_others(apply_fn(closure, x), labels)
         phi = of_label - of_others
         return jnp.where(correct, phi, -phi).astype(x.dtype)
 
@@ -196,15 +197,6 @@ def _boundary_distance(
     is_flat = ~(slope > 0) | ~jnp.isfinite(slope)
     change = jnp.where(is_flat, 0, phi - lax.stop_gradient(phi)) / jnp.where(is_flat, 1, slope)
     return lax.stop_gradient(lp_norm(perturbation, options.norm)) + change
-
-
-def _label_and_others(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """The logit of the label, and the largest logit of the other classes."""
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    of_others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    return jnp.sum(jnp.where(is_label, logits, 0), axis=-1), of_others
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

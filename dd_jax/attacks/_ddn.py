@@ -26,6 +26,7 @@ from dd_jax.attacks._minimum_norm import (
     Path,
     Problem,
     View,
+    ascended,
     check_fractions,
     check_positive,
     half_cosine,
@@ -100,8 +101,7 @@ def ddn(
 
     def step(part: Problem, path: Path, view: View) -> tuple[Array, Array]:
         length = half_cosine(step_size, final_step_size, path.num_steps, num_steps, inputs.dtype)
-        ascent = steepest_direction(view.gradient, "l2")
-        moved = path.perturbation + per_example(length, ascent) * ascent
+        moved = ascended(path, view, length)
         factor = jnp.where(view.fools, 1 - radius_change, 1 + radius_change)
         radius = jnp.minimum(factor * path.radius, part.largest)
         on_sphere = per_example(radius, moved) * steepest_direction(moved, "l2")

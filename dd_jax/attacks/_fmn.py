@@ -31,6 +31,7 @@ from dd_jax.attacks._minimum_norm import (
     Path,
     Problem,
     View,
+    ascended,
     check_fractions,
     check_positive,
     half_cosine,
@@ -46,10 +47,8 @@ from dd_jax.norms import (
     check_norm,
     dual_norm,
     lp_norm,
-    per_example,
     project,
     stay_within,
-    steepest_direction,
 )
 from dd_jax.types import AttackResult, LogitsFn
 
@@ -149,12 +148,6 @@ def next_perturbation(
     length = half_cosine(*settings.step_sizes, *schedule)
     moved = project(ascended(path, view, length), radius, norm)
     return stay_within(moved, part.inputs, bounds), radius
-
-
-def ascended(path: Path, view: View, length: Float[Array, " rows"]) -> Float[Array, "rows ..."]:
-    """The perturbation after a step of that l2 length up the loss."""
-    direction = steepest_direction(view.gradient, "l2")
-    return path.perturbation + per_example(length, direction) * direction
 
 
 def free_part(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks._carlini_wagner_problem import leads_of
 from dd_jax.attacks._queue import next_rows, plan_turns
-from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within
+from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within, steepest_direction
 from dd_jax.types import AttackResult, LogitsFn, Scalar
 from dd_jax.xla.closure_convert import Traces
 
@@ -122,13 +122,27 @@ def fools_at(
     return jnp.min(leads_of(logits, labels), axis=-1) < 0
 
 
+def label_and_others(
+    logits: Float[Array, "rows classes"], labels: Int[Array, " rows"]
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The logit of the label, and the largest logit of the other classes."""
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    of_others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    return jnp.sum(jnp.where(is_label, logits, 0), axis=-1), of_others
+
+
 def rival_difference(
     logits: Float[Array, "rows classes"], labels: Int[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """max_j z_j - z_y over the classes j other than y: positive where another one wins."""
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
-    return jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1) - of_label
+    of_label, of_others = label_and_others(logits, labels)
+    return of_others - of_label
+
+
+def ascended(path: Path, view: View, length: Float[Array, " rows"]) -> Float[Array, "rows ..."]:
+    """The perturbation after a step of that l2 length up the loss."""
+    direction = steepest_direction(view.gradient, "l2")
+    return path.perturbation + per_example(length, direction) * direction
 
 
 def take_steps(

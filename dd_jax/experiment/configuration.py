@@ -330,11 +330,11 @@ def _up_to_date(fields: Any) -> dict[str, Any]:
 
     AttributeError where it is no dictionary.
     """
-    nested: dict[str, Any] = dict(fields.items())
-    flat = {RENAMED.get(name, name): value for name, value in flatten(nested).items()}
+    known = flatten(dict(fields.items()))
+    flat = {RENAMED.get(name, name): value for name, value in known.items()}
     sections = {name.partition(".")[0] for name in flat}
     missing = {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections}
-    nested = {}
+    nested: dict[str, Any] = {}
     for name, value in (missing | flat).items():
         section, dot, field = name.rpartition(".")
         (nested.setdefault(section, {}) if dot else nested)[field] = value
