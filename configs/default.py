@@ -40,6 +40,9 @@ def get_config() -> ConfigDict:
                 "num_workers": 0,
                 "train_limit": 0,  # only the first so many training images; 0: all
                 "test_limit": 0,  # only the first so many test images; 0: all
+                # to choose options: do not train on the last so many of the training images, and
+                # measure on them instead of on the test images; 0: measure on the test images
+                "validation_images": 0,
             },
             "reference": {
                 # A run directory or a file of weights to take the reference net from;

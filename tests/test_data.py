@@ -666,3 +666,18 @@ def test_impossible_batches():
         data.evaluation_batches(images, labels, 0)
     with pytest.raises(ValueError, match="batch_size must be positive"):
         data.steps_per_epoch(4, 0)
+
+
+def test_held_out_images_are_the_last_training_images_and_no_test_image():
+    images, labels = random_images((9, 2, 2, 1)), np.arange(9, dtype=np.int32)
+    whole = data.DataSet("mine", "mine (4x4)", images[:7], labels[:7], images[7:], labels[7:], 10)
+    held = data.hold_out(whole, 3)
+    np.testing.assert_array_equal(held.train_images, images[:4])
+    np.testing.assert_array_equal(held.test_images, images[4:7])
+    assert held.train_labels.tolist() == [0, 1, 2, 3] and held.test_labels.tolist() == [4, 5, 6]
+    assert held.num_classes == 10
+    said = "mine (4x4; the last 3 of 7 training images in place of the test images)"
+    assert held.description == said
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"leave training images; got {count} of 7"):
+            data.hold_out(whole, count)

@@ -196,6 +196,7 @@ WANT_ALL_IMAGES_FIRST = {
     "data.preprocessing=mean_image": "of images that are streamed it can be none, caffe, torchv",
     "reference.center_on=20": "reference.center_on is 20, which needs images in memory",
     "data.crop_padding=4": "data.crop_padding is 4, which needs images in memory",
+    "data.validation_images=1": "data.validation_images is 1, which needs images in memory",
 }
 
 

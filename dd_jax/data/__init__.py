@@ -20,7 +20,7 @@ from dd_jax.data.batches import (
     training_batch,
 )
 from dd_jax.data.catalog import DATA_SETS, SOURCES, DataError, Entry, paper_preprocessing
-from dd_jax.data.datasets import DataSet, load
+from dd_jax.data.datasets import DataSet, hold_out, load
 from dd_jax.data.image_files import STREAMED_SOURCES, EncodedDataSet, EncodedImages, open_images
 from dd_jax.data.preprocessing import (
     PREPROCESSINGS,
@@ -53,6 +53,7 @@ __all__ = [
     "evaluation_batches",
     "evaluation_stream",
     "fit",
+    "hold_out",
     "in_memory",
     "load",
     "make_to_images",

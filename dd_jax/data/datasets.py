@@ -122,6 +122,28 @@ def load(
     )
 
 
+def hold_out(data_set: DataSet, count: int) -> DataSet:
+    """The set with its last `count` training images in place of the test images, to choose options
+    on: they are trained on no more, and the test images are not in it.
+
+    ValueError unless 0 < count < number of training images.
+    """
+    num_train = len(data_set.train_labels)
+    if not 0 < count < num_train:
+        raise ValueError(
+            f"count must be at least 1 and leave training images; got {count} of {num_train}"
+        )
+    first = num_train - count
+    said = f"the last {count} of {num_train} training images in place of the test images"
+    return data_set._replace(
+        description=f"{data_set.description.removesuffix(')')}; {said})",
+        train_images=data_set.train_images[:first],
+        train_labels=data_set.train_labels[:first],
+        test_images=data_set.train_images[first:],
+        test_labels=data_set.train_labels[first:],
+    )
+
+
 def _check_shape(image_shape: ImageShape) -> None:
     if len(image_shape) != 3 or min(image_shape) < 1 or image_shape[2] not in (1, 3):
         raise ValueError(

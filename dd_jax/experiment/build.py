@@ -179,9 +179,21 @@ def _reference_of_run(config: ConfigDict, path: pathlib.Path, model: nn.Module) 
         raise ConfigurationError(
             f"reference.source {path} is of {theirs}; this configuration needs {ours}."
         )
+    _check_held_out(config, other, path)
     report, is_defended = read_report(path), (path / "checkpoints" / DEFENDED).is_dir()
     if not is_defended and (report is None or REFERENCE not in report.measured):
         raise _unfinished(path, REFERENCE)
     state = _restored(path, REFERENCE, state_maker(other, REFERENCE, model))
     state = training.averaged(state)
     return state.params, state.batch_stats
+
+
+def _check_held_out(config: ConfigDict, other: ConfigDict, path: pathlib.Path) -> None:
+    """ConfigurationError where a reference may have seen the images that it is measured on."""
+    ours, theirs = ((c.data.validation_images, c.data.train_limit) for c in (config, other))
+    if ours[0] and ours != theirs:
+        raise ConfigurationError(
+            f"reference.source {path} has data.validation_images={theirs[0]} and "
+            f"data.train_limit={theirs[1]}; they must be {ours[0]} and {ours[1]} as here, or the "
+            "reference net has seen images that it is measured on."
+        )

@@ -56,6 +56,7 @@ RENAMED = {
 """Fields by the names that they had before."""
 ADDED = {
     "data.crop_padding": 0,
+    "data.validation_images": 0,
     "reference.average_decay": 0.0,
     "fine_tuning.average_decay": 0.0,
     "defense.penalty": "exponential",

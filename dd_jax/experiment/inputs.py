@@ -33,12 +33,23 @@ def _open_in_memory(
     config: ConfigDict, fitted: Preprocessing | None
 ) -> tuple[InMemory, Preprocessing]:
     data_set = _load(config, data.load, image_shape=models.input_shape(config.model.name))
+    if config.data.validation_images:
+        data_set = _hold_out(data_set, config.data.validation_images)
     preprocessing = fitted or data.fit(preprocessing_name(config), data_set.train_images)
     inputs = preprocessing(data_set.train_images), preprocessing(data_set.test_images)
     options = dict(flip=config.data.flip, crop_padding=config.data.crop_padding)
     if config.data.crop_padding:
         options["padding_value"] = data.value_of_black(preprocessing)
     return InMemory(data_set, *inputs, **options), preprocessing
+
+
+def _hold_out(data_set: data.DataSet, count: int) -> data.DataSet:
+    if count >= len(data_set.train_labels):
+        raise ConfigurationError(
+            f"data.validation_images is {count}; it must be below the number of training images, "
+            f"{len(data_set.train_labels)}."
+        )
+    return data.hold_out(data_set, count)
 
 
 def _open_images(
@@ -48,6 +59,7 @@ def _open_images(
     for field, value in (
         ("reference.center_on", config.reference.center_on),
         ("data.crop_padding", config.data.crop_padding),
+        ("data.validation_images", config.data.validation_images),
     ):
         if value:
             raise ConfigurationError(
