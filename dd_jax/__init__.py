@@ -19,6 +19,8 @@ from dd_jax.attacks._deepfool import deepfool
 from dd_jax.deep_defense import deep_defense_loss, regularizer, signed_margin
 from dd_jax.types import AttackResult, LogitsFn, Solver
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttackResult",
     "LogitsFn",

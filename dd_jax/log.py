@@ -2,7 +2,7 @@
 
 metrics.jsonl has a line of JSON with the stage for every logged interval and epoch.
 The TensorBoard curves show the same numbers. They are written by tensorboardX (`pip install
-'dd_jax[tensorboard]'`), which does not need TensorFlow.
+'dd_jax[tensorboard]'`), which does not need TensorFlow. Without tqdm there are no progress bars.
 """
 
 import importlib.util
@@ -11,9 +11,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, Self
 
-from tqdm import tqdm
+from dd_jax import extras
 
 FILE_NAME = "metrics.jsonl"
 NOT_CURVES = ("stage", "step")
@@ -59,9 +59,10 @@ def open_curves(
     """Yields a function that adds the numbers of a line of metrics.jsonl to the curves.
 
     Nested numbers get names such as "test/accuracy". A run that resumes at `first_step` replaces
-    the curves of later steps. Raises ImportError if tensorboardX is not installed.
+    the curves of later steps. Raises MissingPackageError if tensorboardX is not installed.
     """
-    from tensorboardX import SummaryWriter
+    with extras.needed("tensorboard"):
+        from tensorboardX import SummaryWriter
 
     with SummaryWriter(
         str(folder), purge_step=first_step, filename_suffix=f".{first_step}"
@@ -83,11 +84,52 @@ def numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, value
 
 
-def progress(description: str, total: int, unit: str, **options: Any) -> tqdm:
-    """A progress bar with the remaining time. `options` are tqdm's.
+class Bar(Protocol):
+    """The part of a progress bar of tqdm that is used here."""
+
+    n: float
+    total: float
+
+    def update(self, n: float = 1) -> bool | None:
+        """Moves the bar on by `n`."""
+
+    def set_postfix_str(self, s: str = "") -> None:
+        """Writes `s` behind the bar."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _NoBar:
+    """Counts, and shows nothing."""
+
+    def __init__(self, total: int) -> None:
+        self.n, self.total = 0, total
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def set_postfix_str(self, s: str = "") -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def progress(description: str, total: int, unit: str, **options: Any) -> Bar:
+    """A progress bar with the remaining time; one that shows nothing where tqdm is not installed.
+    `options` are tqdm's.
 
     It is redrawn every 10 seconds if the output is not a terminal.
     """
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _NoBar(total)
     options |= {
         "mininterval": 0.2 if sys.stderr.isatty() else 10,
         "dynamic_ncols": True,

@@ -18,6 +18,7 @@ import dd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 CORE = (
+    "dd_jax.extras",
     "dd_jax.types",
     "dd_jax.norms",
     "dd_jax.xla.canary",

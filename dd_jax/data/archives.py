@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from dd_jax import extras
+
 Records = Iterator[tuple[int, dict[str, Any]]]
 
 # Bytes of the headers of IDX files: a magic number and each dimension take 4.
@@ -72,7 +74,7 @@ def svhn_examples(split: str, paths: Sequence[Path]) -> Records:
 
     The file holds X, uint8 (32, 32, 3, n), and y (n, 1), where 10 stands for the digit 0.
     """
-    import scipy.io
+    import scipy.io  # JAX brings it.
 
     arrays = scipy.io.loadmat(paths[0], variable_names=("X", "y"))
     images, labels = np.moveaxis(arrays["X"], -1, 0), arrays["y"].ravel()
@@ -109,7 +111,8 @@ def _contents(files: tarfile.TarFile, member: str) -> bytes:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    import PIL.Image
+    with extras.needed("train"):
+        import PIL.Image
 
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "PNG")

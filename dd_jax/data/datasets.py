@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from dd_jax import extras
 from dd_jax.data.catalog import DATA_SETS, DataError, ImageShape, entry_of
 from dd_jax.data.download import download as download_set
 from dd_jax.data.prepared import data_directory, download_command, prepared_directory
@@ -94,8 +95,8 @@ def load(
 
     Raises:
       ValueError: unknown name, impossible image shape, or a limit that is not positive.
-      DataError: the set is missing, cannot be read or downloaded, or a package to read it is
-        missing.
+      DataError: the set is missing, or cannot be read or downloaded.
+      MissingPackageError: a package to read it is missing.
     """
     entry = entry_of(name)
     _check_shape(image_shape)
@@ -180,12 +181,8 @@ def _find_or_download(name: str, root: Path, download: bool) -> Path:
 
 
 def _read_digits(limits: dict[str, int | None]) -> dict[str, _Split]:
-    try:
+    with extras.needed("train"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            "the digits come with scikit-learn: install it with `pip install scikit-learn`"
-        ) from error
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8)
     images = images.reshape(-1, *DATA_SETS["digits"].image_shape)
@@ -202,14 +199,9 @@ def _read_digits(limits: dict[str, int | None]) -> dict[str, _Split]:
 def _read_tfds(
     name: str, directory: Path, limits: dict[str, int | None], progress: Progress | None
 ) -> dict[str, _Split]:
-    try:
+    with extras.needed("train"):
         import array_record.python  # noqa: F401  (TFDS would fail only at the first record)
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DataError(
-            f"reading {name} needs `pip install tensorflow-datasets array-record "
-            f"importlib_resources` ({error})"
-        ) from error
     splits = {}
     try:
         # This builder only reads and never uses the network. The compressed bytes are decoded here
@@ -234,7 +226,8 @@ def _read_tfds(
 def _decode(
     records, count: int, image_shape: ImageShape, title: str, progress: Progress | None
 ) -> tuple[Images, Labels]:
-    import PIL.Image
+    with extras.needed("train"):
+        import PIL.Image
 
     images, labels = np.empty((count, *image_shape), np.uint8), np.empty(count, np.int32)
     for start in range(0, count, RECORDS_PER_CHUNK):
@@ -280,7 +273,8 @@ def _fit_images(images: Images, image_shape: ImageShape, *, pad: bool) -> tuple[
 
 
 def _resize(images: Images, height: int, width: int) -> Images:
-    import PIL.Image
+    with extras.needed("train"):
+        import PIL.Image
 
     resized = np.empty((len(images), height, width, images.shape[-1]), np.uint8)
     for source, target in zip(images, resized, strict=True):

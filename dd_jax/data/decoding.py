@@ -13,6 +13,8 @@ import io
 import numpy as np
 from jaxtyping import UInt8
 
+from dd_jax import extras
+
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
 # The formats that are read, whatever the names of the files are. Pillow knows others, some of which
@@ -51,7 +53,8 @@ def resized(encoded: bytes, short_side: int = 256, interpolation: str = "bilinea
       DecodeError: a file of another format, a truncated one, one of floating-point values, or one
         so long and narrow that the result would have more pixels than Pillow considers safe.
     """
-    import PIL.Image
+    with extras.needed("train"):
+        import PIL.Image
 
     if short_side < 1:
         raise ValueError(f"short_side must be a positive number of pixels, got {short_side}")
@@ -120,7 +123,8 @@ def random_crop(
 
 def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
     """Converts an image of any mode but floating point."""
-    import PIL.Image
+    with extras.needed("train"):
+        import PIL.Image
 
     if image.mode == "F":
         raise DecodeError("an image of floating-point values, whose range is unknown")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dd_jax import extras
 from dd_jax.data.catalog import DATA_SETS, DOWNLOADS, NO_DOWNLOAD, DataError, Download
 from dd_jax.data.prepared import data_directory, prepared_directory
 
@@ -27,7 +28,8 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
       data_dir: TFDS's directory; None means `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
 
     Raises:
-      DataError: another name, no network, a failed download, or a missing package.
+      DataError: another name, no network, or a failed download.
+      MissingPackageError: a package that it needs is missing.
     """
     files = _download_of(name)
     root = data_directory(data_dir)
@@ -35,7 +37,7 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         return prepared_directory(name, root)
     except DataError:
         pass  # the set is not prepared yet
-    try:
+    with extras.needed("train"):
         # Needed only after the download, when it would be late to report that it is missing.
         import array_record.python  # noqa: F401
         import requests
@@ -43,11 +45,6 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
         builder_class = _builder_class(name)
-    except ImportError as error:
-        raise DataError(
-            "downloading needs `pip install tensorflow-datasets array-record importlib_resources` "
-            f"({error})"
-        ) from error
     try:
         requests.head(files.url, timeout=CONNECTION_TIMEOUT)
         builder = builder_class(data_dir=root, file_format="array_record")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from dd_jax import extras
 from dd_jax.data.catalog import DataError
 from dd_jax.data.prepared import data_directory, has_splits, prepared_versions
 
@@ -108,7 +109,8 @@ def open_images(
 
     Raises:
       ValueError: unknown name, or a limit that is not positive.
-      DataError: the data are missing or not in this layout, or a package to read them is missing.
+      DataError: the data are missing or not in this layout.
+      MissingPackageError: a package to read them is missing.
     """
     if name not in STREAMED_SOURCES:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(STREAMED_SOURCES)}")
@@ -215,7 +217,8 @@ class TfdsImages:
         # Not an attribute, so that it is not pickled: each process has its own open files.
         key = (self.directory, self.split)
         if key not in _open_records:
-            import tensorflow_datasets as tfds
+            with extras.needed("train"):
+                import tensorflow_datasets as tfds
 
             decoders = {"image": tfds.decode.SkipDecoding()}
             _open_records[key] = self._opened(
@@ -224,14 +227,9 @@ class TfdsImages:
         return _open_records[key]
 
     def _opened(self, take: Callable[[Any], Any]) -> Any:
-        try:
+        with extras.needed("train"):
             import array_record.python  # noqa: F401  (TFDS would fail only at the first record)
             import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise DataError(
-                f"reading imagenet2012 needs `pip install tensorflow-datasets array-record "
-                f"importlib_resources` ({error})"
-            ) from error
         try:
             return take(tfds.builder_from_directory(self.directory))  # never uses the network
         except (OSError, RuntimeError, ValueError, LookupError) as error:

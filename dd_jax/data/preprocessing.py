@@ -277,7 +277,7 @@ def _whitening(covariance: np.ndarray) -> np.ndarray:
     """Returns `V diag(sqrt(mean(lambda)) / max(sqrt(lambda), floor)) V^T` of `C = V diag(lambda)
     V^T`, as float32.
     """
-    import scipy.linalg
+    import scipy.linalg  # JAX brings it.
 
     # Divide and conquer is the fastest LAPACK driver for all eigenvectors: 3072 x 3072 takes 3 s on
     # two idle cores.

@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dd_jax import extras
 from dd_jax.data import decoding
 from dd_jax.data.batches import Batch, steps_per_epoch
 from dd_jax.data.catalog import DataError
@@ -268,8 +269,9 @@ class BatchStream:
 
 def _started(source: BatchSource, first: int, num_workers: int) -> Iterator[dict[str, Any]]:
     """Starts workers that prepare the batches from `first` on, each every `num_workers`-th."""
-    import grain
-    from absl import flags
+    with extras.needed("train"):
+        import grain
+        from absl import flags
 
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own, which fails in programs that use argparse

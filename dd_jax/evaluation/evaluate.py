@@ -24,7 +24,6 @@ from dd_jax.data import Examples
 from dd_jax.evaluation import metrics
 from dd_jax.evaluation.measurements import Settings, curve_epsilons
 from dd_jax.evaluation.metrics import Summary
-from dd_jax.evaluation.pass_score import pass_scores
 from dd_jax.evaluation.programs import (
     ApplyFn,
     BatchFn,
@@ -121,13 +120,11 @@ class Evaluator:
         Raises:
           ValueError: no examples, an unknown name, PASS without `to_images`, or options that make
             no sense.
+          MissingPackageError: "pass" without the packages of the extra `evaluate`.
         """
         metrics.check_names(names, NAMES)
-        if "pass" in names and self._to_images is None:
-            raise ValueError(
-                "PASS compares images, and whitened inputs are none: give to_images, or leave "
-                "'pass' out."
-            )
+        if "pass" in names:
+            check_pass(self._to_images)
         examples = limited(self._examples, limit)
         show = dict(show_progress=show_progress)
         fast = tuple(name for name in names if name != SLOW)
@@ -286,8 +283,20 @@ def batches(
             bar.update(min(batch_size, bar.total - bar.n))
 
 
+def check_pass(to_images: ToImages | None) -> None:
+    """ValueError or MissingPackageError where PASS cannot be measured, before hours of others."""
+    if to_images is None:
+        raise ValueError(
+            "PASS compares images, and whitened inputs are none: give to_images, or leave 'pass' "
+            "out."
+        )
+    import dd_jax.evaluation.pass_score  # noqa: F401
+
+
 def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
     """The sums of PASS, and of how many could not be aligned, over the rows whose mask is 1."""
+    from dd_jax.evaluation.pass_score import pass_scores
+
     counts = rows["mask"] > 0
     inputs = rows["image"][counts]
     scores, aligned = pass_scores(

@@ -9,10 +9,14 @@ its published window, 11 x 11 and Gaussian with standard deviation 1.5; it is av
 places where the window fits and over the channels. 1: no difference is seen.
 """
 
-import cv2
 import numpy as np
 from jaxtyping import Bool, Float
-from skimage.metrics import structural_similarity
+
+from dd_jax import extras
+
+with extras.needed("evaluate"):
+    import cv2
+    from skimage.metrics import structural_similarity
 
 Images = Float[np.ndarray, "n h w c"]
 

@@ -18,9 +18,12 @@ call a net that has "batch_stats" with `update_batch_stats`:
 Rows then depend on one another through the batch's mean and variance; attacks need the first form.
 """
 
-import flax.linen as nn
+from dd_jax import extras
 
-from dd_jax.models.catalog import NETS, Net, TorchLayout
+with extras.needed("train"):
+    import flax.linen as nn
+
+    from dd_jax.models.catalog import NETS, Net, TorchLayout
 
 __all__ = ["NAMES", "NETS", "Net", "TorchLayout", "create", "input_shape"]
 

@@ -8,8 +8,11 @@ their suffixes. Corrupt or malicious weight files are rejected; no code in them 
 `python -m dd_jax.pretrained in.pth --model resnet18 out.safetensors` converts a file.
 """
 
+from dd_jax import extras
 from dd_jax.pretrained.errors import WeightsError
-from dd_jax.pretrained.files import SUFFIXES, load
-from dd_jax.pretrained.layouts import from_torch, variables_from_torch
+
+with extras.needed("pretrained"):
+    from dd_jax.pretrained.files import SUFFIXES, load
+    from dd_jax.pretrained.layouts import from_torch, variables_from_torch
 
 __all__ = ["SUFFIXES", "WeightsError", "from_torch", "load", "variables_from_torch"]

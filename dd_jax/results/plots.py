@@ -22,13 +22,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from dd_jax.results import _drawing as drawing
-from dd_jax.results._drawing import Number, Numbers, Paths, Points
-from dd_jax.results._styles import STRENGTH_SYMBOLS, Look, legend_names, looks, style
+from dd_jax import extras
+
+with extras.needed("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from dd_jax.results import _drawing as drawing
+    from dd_jax.results._drawing import Number, Numbers, Paths, Points
+    from dd_jax.results._styles import STRENGTH_SYMBOLS, Look, legend_names, looks, style
 
 COLUMN_WIDTH, TEXT_WIDTH = 3.4, 5.5  # Inches, of papers in two columns and in one.
 PANELS_PER_ROW, LONGEST_PANEL_LABEL, LINE_HEIGHT = 8, 13, 0.16
@@ -83,9 +87,7 @@ def success_over_epsilon_figure(
     """
     for name, curve in curves.items():
         if len(curve) != 2 or len(curve[0]) != len(curve[1]):
-            raise ValueError(
-                f"{name}'s curve must be two lists of equal length: epsilons and success rates."
-            )
+            raise ValueError(f"{name}'s curve must be two lists of equal length: epsilons, rates.")
     series = {
         name: drawing.sort(drawing.table(list(zip(*curve, strict=True)), 2), 0)
         for name, curve in curves.items()
