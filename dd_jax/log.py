@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from dd_jax import extras
 
@@ -96,7 +96,7 @@ class Bar(Protocol):
     def set_postfix_str(self, s: str = "") -> None:
         """Writes `s` behind the bar."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "Bar": ...
 
     def __exit__(self, *error: object) -> None: ...
 
@@ -113,7 +113,7 @@ class _NoBar:
     def set_postfix_str(self, s: str = "") -> None:
         pass
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_NoBar":
         return self
 
     def __exit__(self, *error: object) -> None:
