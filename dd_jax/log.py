@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dd_jax import extras
 
@@ -84,6 +84,7 @@ def numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, value
 
 
+@runtime_checkable
 class Bar(Protocol):
     """The part of a progress bar of tqdm that is used here."""
 
