@@ -27,4 +27,5 @@ def get_config():
     config.defense.beta = 1e-3
     config.evaluation.epoch_examples = 360
     config.evaluation.carlini_wagner_examples = 100
+    config.evaluation.minimum_norm_examples = 100
     return config

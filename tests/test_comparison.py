@@ -36,6 +36,8 @@ TINY = (
     "evaluation.carlini_wagner_examples=3",
     "evaluation.carlini_wagner_num_steps=5",
     "evaluation.carlini_wagner_num_binary_search_steps=2",
+    "evaluation.minimum_norm_examples=4",
+    "evaluation.minimum_norm_num_steps=3",
 )
 METHODS = ("deep_defense", "clean")
 
@@ -105,7 +107,7 @@ def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared)
     assert found["deep_defense"]["accuracy_fgsm_1.0"] <= 0.5  # By its meaning.
     assert 0.5 < found["deep_defense"]["accuracy_fgsm_0.2"] <= found["deep_defense"]["accuracy"]
     assert f"epsilon_ref = {measured['defended']['epsilon_half']:.4g}, where half" in table
-    assert "40 test images (C&W: the first 3) of digits" in table
+    assert "40 test images (C&W: the first 3; DDN, FMN: the first 4) of digits" in table
     assert (out / "table.md").read_text().count("\n| ") == 4
 
 

@@ -52,8 +52,10 @@ SETTINGS = Settings(
     pgd_step_size=0.01,
     pgd_num_steps=3,
     carlini_wagner_num_steps=40,
+    minimum_norm_num_steps=100,
 )
-ALL = ("deepfool", "fgsm", "pgd", "carlini_wagner", "pass")
+MINIMUM_NORM = ("ddn", "fmn_linf", "fmn_l1")
+ALL = ("deepfool", "fgsm", "pgd", "carlini_wagner", *MINIMUM_NORM, "pass")
 BOUNDS = (0.0, 1.0)
 traced = []
 
@@ -77,7 +79,12 @@ def distances(variables=VARIABLES, inputs=INPUTS):
 RIGHT = distances()[0]  # As labels they make the net's accuracy 1.
 run = partial(measure, net, VARIABLES, show_progress=False, settings=SETTINGS)
 run_all = partial(
-    run, names=ALL, bounds=BOUNDS, to_images=lambda inputs: inputs, carlini_wagner_examples=20
+    run,
+    names=ALL,
+    bounds=BOUNDS,
+    to_images=lambda inputs: inputs,
+    carlini_wagner_examples=20,
+    minimum_norm_examples=30,
 )
 quiet = dict(show_progress=False, batch_size=20)
 
@@ -89,7 +96,12 @@ def assert_same(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
         tolerance = dict(atol=1.01 / NUM_EXAMPLES) if name.startswith("pass") else dict(rtol=2e-5)
-        jax.tree.map(partial(np.testing.assert_allclose, **tolerance), value, second[name])
+        value, other = without_norm(value), without_norm(second[name])
+        jax.tree.map(partial(np.testing.assert_allclose, **tolerance), value, other)
+
+
+def without_norm(value):
+    return {k: v for k, v in value.items() if k != "norm"} if isinstance(value, dict) else value
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +121,9 @@ def test_the_summary_says_everything_and_can_be_written(everything):
             "pass",
             "pass_unaligned",
         ),
-        *(f"{name}_disagreements" for name in ("deepfool", "fgsm", "pgd", "carlini_wagner")),
+        *("rho_l2_ddn", "l2_ddn", "rho_linf_fmn", "linf_fmn", "rho_l1_fmn", "l1_fmn"),
+        *(f"{name}_{what}" for name in MINIMUM_NORM for what in ("success", "examples", "curve")),
+        *(f"{name}_disagreements" for name in ALL if name != "pass"),
     }
     assert json.loads(json.dumps(everything)) == everything
     predicted, linf = distances()
@@ -127,6 +141,7 @@ def test_the_summary_says_everything_and_can_be_written(everything):
         1 - everything["accuracy"]
     )
     assert everything["carlini_wagner_examples"] == 20
+    assert [everything[f"{name}_examples"] for name in MINIMUM_NORM] == [30, 30, 30]
 
 
 def test_a_ragged_last_batch_does_not_show(everything):
@@ -153,7 +168,7 @@ def test_two_devices_give_what_one_gives(everything):
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("deepfool",), ("pass",), ("carlini_wagner",), ("pgd", "fgsm")]
+    "names", [(), ("deepfool",), ("pass",), ("carlini_wagner", "ddn"), ("pgd", "fgsm")]
 )
 def test_any_subset_gives_what_all_give(everything, names):
     some = run_all(in_memory(INPUTS, LABELS), names=names, batch_size=20)
@@ -173,6 +188,52 @@ def test_a_limit_takes_the_first_examples():
     assert found["carlini_wagner_examples"] == 7 and found["num_examples"] == NUM_EXAMPLES
     assert found["accuracy"] != wanted["accuracy"]
     assert found["l2_carlini_wagner"] == pytest.approx(wanted["l2_carlini_wagner"], rel=1e-4)
+
+
+# Robustness curves
+
+
+def sizes_in(norm):
+    """How far the plane is from the first 30 inputs in that norm, in float64."""
+    difference = np.float64(WEIGHTS)[:, 0] - WEIGHTS[:, 1]
+    gap = np.abs(np.float64(INPUTS[:30]).reshape(30, -1) @ difference)
+    return gap / np.linalg.norm(difference, {"l2": 2, "linf": 1, "l1": np.inf}[norm])
+
+
+@pytest.mark.parametrize("name, norm", [("ddn", "l2"), ("fmn_linf", "linf"), ("fmn_l1", "l1")])
+def test_robustness_curves_are_the_closed_form(name, norm):
+    """Without bounds; what is misclassified counts in the mean, and as nothing in the curve."""
+    settings = SETTINGS._replace(minimum_norm_num_steps=1000)
+    found = run(
+        in_memory(INPUTS, LABELS),
+        names=(name,),
+        box=(-1e3, 1e3),
+        minimum_norm_examples=30,
+        settings=settings,
+        batch_size=20,
+    )
+    right, wanted = RIGHT[:30] == LABELS[:30], sizes_in(norm)
+    assert 5 < right.sum() < 25
+    assert found[f"{norm}_{name[:3]}"] == pytest.approx(wanted.mean(), rel=5e-3)
+    lengths = np.linalg.norm(
+        INPUTS[:30].reshape(30, -1), {"l2": 2, "linf": np.inf, "l1": 1}[norm], axis=1
+    )
+    assert found[f"rho_{norm}_{name[:3]}"] == pytest.approx(np.mean(wanted / lengths), rel=5e-3)
+    curve = found[f"{name}_curve"]
+    assert (curve["norm"], curve["num_examples"]) == (norm, 30)
+    assert curve["num_misclassified"] == 30 - right.sum() == 30 - len(curve["sizes"])
+    np.testing.assert_allclose(curve["sizes"], np.sort(wanted[right]), rtol=2e-2)
+    assert found[f"{name}_success"] == 1 and found[f"{name}_disagreements"] == 0
+
+
+def test_a_curve_tells_misclassified_fooled_and_never_fooled_apart():
+    sizes = np.array([np.inf, 0.3, 0, 0.123456789, np.inf, 0, 0.2], np.float32)
+    assert metrics.robustness_curve("fmn_l1", sizes) == {
+        "norm": "l1",
+        "num_examples": 7,
+        "num_misclassified": 2,
+        "sizes": [0.123457, 0.2, 0.3],
+    }
 
 
 def test_pass_is_that_of_deepfools_examples():
@@ -216,15 +277,17 @@ def lying(attack, judge):
 
 
 def test_a_lying_compiler_is_caught(everything):
-    names = ("deepfool", "fgsm", "pgd", "carlini_wagner")
-    options = dict(names=names, bounds=BOUNDS, carlini_wagner_examples=20, compile_fn=lying)
+    names = ALL[:-1]
+    options = dict(names=names, bounds=BOUNDS, compile_fn=lying)
+    options |= dict(carlini_wagner_examples=20, minimum_norm_examples=20)
     found = run(in_memory(INPUTS, RIGHT), **options)
-    assert [
-        found[name] for name in ("deepfool_success", "fgsm_success", "carlini_wagner_success")
-    ] == [0, 0, 0]
+    assert {found[f"{name}_success"] for name in names if name != "pgd"} == {0}
+    for name in MINIMUM_NORM:  # As if nothing could fool any.
+        curve = found[f"{name}_curve"]
+        assert (curve["sizes"], curve["num_misclassified"]) == ([], 0)
     assert found["accuracy_pgd"] == found["accuracy"] == 1.0
     numbers = [found[f"{name}_disagreements"] for name in names]
-    assert numbers == [NUM_EXAMPLES, NUM_EXAMPLES, NUM_EXAMPLES, 20]
+    assert numbers == [NUM_EXAMPLES, NUM_EXAMPLES, NUM_EXAMPLES, 20, 20, 20, 20]
     # The size is that of what was seen.
     assert found["l2"] == pytest.approx(0.01 * everything["l2"], rel=1e-3)
     # The judge's own.
@@ -459,6 +522,10 @@ def test_half_epsilon_searches_with_few_compilations():
         (
             lambda: run_all(in_memory(INPUTS, LABELS), carlini_wagner_examples=0),
             "carlini_wagner_examples is 0; it must be at",
+        ),
+        (
+            lambda: run(in_memory(INPUTS, LABELS), minimum_norm_examples=0),
+            "minimum_norm_examples is 0; it must be at",
         ),
         (
             lambda: run(in_memory(INPUTS, LABELS), names=("fgsm",), bounds=(np.zeros(5), 1.0)),

@@ -22,9 +22,15 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dd_jax.data import Examples
 from dd_jax.evaluation import metrics
-from dd_jax.evaluation.measurements import Settings, curve_epsilons
+from dd_jax.evaluation.measurements import (
+    MEASUREMENTS,
+    MINIMUM_NORM,
+    Settings,
+    curve_epsilons,
+)
 from dd_jax.evaluation.metrics import Summary
 from dd_jax.evaluation.programs import (
+    SIZE,
     ApplyFn,
     BatchFn,
     CompileFn,
@@ -39,7 +45,6 @@ from dd_jax.log import progress
 Bounds = Sequence[Array | np.ndarray | float]
 ToImages = Callable[[np.ndarray], np.ndarray]
 NAMES = (*metrics.MEASUREMENTS, "pass")
-SLOW = "carlini_wagner"  # Measured on fewer examples.
 # Of the first search for `half_epsilon`; later ones have as many points.
 GRID_SIZE, GRID_SPAN = 16, 1000.0
 PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
@@ -55,15 +60,16 @@ class Evaluator:
       batch_size: how many are attacked at once; no figure depends on it, but for PGD's from random
         starts.
       carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
+      minimum_norm_examples: the same for DDN and FMN, and their robustness curves.
       bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGSM and
         PGD. None: they are not clipped.
-      box: the same for C&W, which needs one. None: the bounds, or else the least and the greatest
-        value among all inputs.
+      box: the same for C&W, which needs one, DDN and FMN. None: the bounds, or else the least and
+        the greatest value among all inputs.
       to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
       show_progress: whether there are progress bars.
       compile_fn: see `dd_jax.evaluation.programs`.
 
-    Raises ValueError for a number of C&W's examples below 1.
+    Raises ValueError for a number of C&W's, or of DDN's and FMN's examples below 1.
     """
 
     def __init__(
@@ -74,20 +80,23 @@ class Evaluator:
         settings: Settings = Settings(),  # noqa: B008  A tuple, which nobody changes.
         batch_size: int = 500,
         carlini_wagner_examples: int | None = 500,
+        minimum_norm_examples: int | None = 500,
         bounds: Bounds | None = None,
         box: Bounds | None = None,
         to_images: ToImages | None = None,
         show_progress: bool = True,
         compile_fn: CompileFn = in_two_programs,
     ) -> None:
-        if carlini_wagner_examples is not None and carlini_wagner_examples < 1:
-            raise ValueError(
-                f"carlini_wagner_examples is {carlini_wagner_examples}; it must be at least 1, or "
-                "None for all."
-            )
+        check_counts(
+            carlini_wagner_examples=carlini_wagner_examples,
+            minimum_norm_examples=minimum_norm_examples,
+        )
         self.settings, self.show_progress = settings, show_progress
         self._apply_fn, self._examples, self._batch_size = apply_fn, examples, batch_size
-        self._carlini_wagner_examples, self._to_images = carlini_wagner_examples, to_images
+        self._to_images = to_images
+        # What is slow, and on how many examples it is measured.
+        self._few = {"carlini_wagner": carlini_wagner_examples}
+        self._few |= dict.fromkeys(MINIMUM_NORM, minimum_norm_examples)
         self._bounds, self._box = bounds, box if box is not None else bounds
         self._compile_fn = compile_fn
         self._compiled: dict[tuple[str, ...], BatchFn] = {}
@@ -113,9 +122,10 @@ class Evaluator:
         Returns:
           By name: "num_examples", then the figures of `metrics.summarize`; "fgsm": also
           "fgsm_curve", {"epsilons": [...], "success": [...]}; "carlini_wagner": also
-          "carlini_wagner_examples"; "pass": DeepFool's figures, "pass", which is PASS of its
-          examples, and "pass_unaligned", the share of those that could not be aligned. It can be
-          written as JSON.
+          "carlini_wagner_examples"; "ddn", "fmn_linf" and "fmn_l1": also "ddn_examples" and
+          "ddn_curve", a `metrics.robustness_curve`, and so on; "pass": DeepFool's figures, "pass",
+          which is PASS of its examples, and "pass_unaligned", the share of those that could not be
+          aligned. It can be written as JSON.
 
         Raises:
           ValueError: no examples, an unknown name, PASS without `to_images`, or options that make
@@ -127,14 +137,14 @@ class Evaluator:
             check_pass(self._to_images)
         examples = limited(self._examples, limit)
         show = dict(show_progress=show_progress)
-        fast = tuple(name for name in names if name != SLOW)
+        fast = tuple(name for name in names if name not in self._few)
         found = self._summary(variables, fast, examples, description, self._bounds, **show)
-        if SLOW in names:
-            box = examples.limits if self._box is None else self._box
-            few = limited(examples, self._carlini_wagner_examples)
-            slow = self._summary(variables, (SLOW,), few, f"{description} (C&W)", box, **show)
-            found[f"{SLOW}_examples"] = slow.pop("num_examples")
-            found |= {name: value for name, value in slow.items() if name not in found}
+        box = examples.limits if self._box is None else self._box
+        for slow in dict.fromkeys(name for name in names if name in self._few):
+            few, title = limited(examples, self._few[slow]), MEASUREMENTS[slow].title
+            more = self._summary(variables, (slow,), few, f"{description} ({title})", box, **show)
+            found[f"{slow}_examples"] = more.pop("num_examples")
+            found |= {name: value for name, value in more.items() if name not in found}
         if "fgsm" in names:
             epsilons = curve_epsilons(self.settings)
             found["fgsm_curve"] = {"epsilons": epsilons, "success": found["fgsm_curve"]}
@@ -230,16 +240,17 @@ class Evaluator:
             programs = measurement_programs(self._apply_fn, names, self.settings)
             self._compiled[names] = self._compile_fn(*programs)
         shared = {"variables": variables, "bounds": broadcast(bounds, examples.shape)}
-        total = None
+        total, sizes = None, []
         for i, batch in enumerate(self._batches(examples, description, show_progress)):
             key = random_key(self.settings, i)
             sums, rows = jax.device_get(self._compiled[names](shared | {"key": key}, batch))
             sums = jax.tree.map(np.float64, sums)
-            if rows is not None:
+            if "pass" in names:
                 figures = sums.figures | sums_of_pass(rows, self._to_images)
                 sums = sums._replace(figures=figures)
+            sizes.append(sizes_of(rows or {}))
             total = sums if total is None else metrics.add(total, sums)
-        return metrics.summarize(total)
+        return metrics.summarize(total) | curves_of(sizes)
 
     def _batches(
         self, examples: Examples, description: str, show_progress: bool | None
@@ -303,6 +314,32 @@ def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
         to_images(inputs), to_images(inputs + rows["perturbation"][counts])
     )
     return {"pass": np.sum(scores), "pass_unaligned": np.float64(np.sum(~aligned))}
+
+
+def sizes_of(rows: Rows) -> dict[str, np.ndarray]:
+    """By measurement, the sizes for its robustness curve, of the rows whose mask is 1."""
+    return {
+        name.removeprefix(SIZE): values[rows["mask"] > 0]
+        for name, values in rows.items()
+        if name.startswith(SIZE)
+    }
+
+
+def curves_of(sizes: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """The robustness curves of the sizes of all batches."""
+    return {
+        metrics.curve_name(name): metrics.robustness_curve(
+            name, np.concatenate([part[name] for part in sizes])
+        )
+        for name in sizes[0]
+    }
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for a number of examples below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1, or None for all.")
 
 
 def random_key(settings: Settings, batch_index: int) -> PRNGKeyArray | None:

@@ -9,6 +9,7 @@ routine: every example counts, also a misclassified one. Shares of misclassified
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from dd_jax.attacks._carlini_wagner import carlini_wagner_l2
+from dd_jax.attacks._ddn import ddn
 from dd_jax.attacks._deepfool import deepfool
+from dd_jax.attacks._fmn import fmn
 from dd_jax.attacks._gradient_sign import fgsm, minimal_fgsm, pgd
 from dd_jax.evaluation.verification import is_fooled
-from dd_jax.norms import Bounds, Norm, lp_norm, relative_norm, stay_within
+from dd_jax.norms import Bounds, LpNorm, Norm, lp_norm, relative_norm, stay_within
 from dd_jax.types import AttackResult, LogitsFn
 
 
@@ -44,12 +47,13 @@ class Settings(NamedTuple):
     carlini_wagner_num_steps: int = 200
     carlini_wagner_num_binary_search_steps: int = 5
     carlini_wagner_learning_rate: float = 0.05
+    minimum_norm_num_steps: int = 1000  # Of DDN and FMN.
 
 
 class Problem(NamedTuple):
     """The net and the examples to measure.
 
-    bounds: FGSM, PGD and C&W stay within them; DeepFool has no bounds, as in the paper.
+    bounds: FGSM, PGD, C&W, DDN and FMN stay within them; DeepFool has no bounds, as in the paper.
     key: for PGD's random starts.
     """
 
@@ -97,10 +101,13 @@ class Judged(NamedTuple):
 
     figures: by name, arrays with one row per example.
     disagreements: by measurement, whether the attack's own success differs from the judge's.
+    sizes: by measurement, the smallest perturbation of each example that makes the net's prediction
+      wrong, as far as the attack found one: 0 where it is wrong without, inf where none was found.
     """
 
     figures: dict[str, Shaped[Array, "batch ..."]]
     disagreements: dict[str, Bool[Array, " batch"]]
+    sizes: dict[str, Float[Array, " batch"]]
 
 
 def curve_epsilons(settings: Settings) -> list[float]:
@@ -151,7 +158,7 @@ def judge_deepfool(case: Case, settings: Settings) -> Judged:
         "deepfool_success": fooled,
         "deepfool_steps": attack.num_steps,
     }
-    return Judged(figures, {"deepfool": fooled != attack.success})
+    return Judged(figures, {"deepfool": fooled != attack.success}, {})
 
 
 def attack_by_fgsm(problem: Problem, settings: Settings) -> FgsmAttack:
@@ -187,7 +194,7 @@ def judge_fgsm(case: Case, settings: Settings) -> Judged:
         "fgsm_success": fooled,
         "fgsm_curve": curve.T,
     }
-    return Judged(figures, {"fgsm": fooled != minimal.success})
+    return Judged(figures, {"fgsm": fooled != minimal.success}, {})
 
 
 def fooled_along(
@@ -233,9 +240,8 @@ def judge_pgd(case: Case, settings: Settings) -> Judged:
     (logits_fn, inputs, labels, bounds, _), attack = case.problem, case.found["pgd"]
     limits = dict(bounds=bounds, epsilon=settings.pgd_epsilon, norm="linf")
     fooled = is_fooled(logits_fn, inputs, attack.perturbation, labels, **limits)
-    return Judged(
-        {"accuracy_pgd": ~fooled & (case.predicted == labels)}, {"pgd": fooled != attack.success}
-    )
+    figures = {"accuracy_pgd": ~fooled & (case.predicted == labels)}
+    return Judged(figures, {"pgd": fooled != attack.success}, {})
 
 
 def attack_by_carlini_wagner(problem: Problem, settings: Settings) -> AttackResult:
@@ -261,7 +267,44 @@ def judge_carlini_wagner(case: Case, settings: Settings) -> Judged:
         "l2_carlini_wagner": lp_norm(attack.perturbation, "l2"),
         "carlini_wagner_success": fooled,
     }
-    return Judged(figures, {"carlini_wagner": fooled != attack.success})
+    return Judged(figures, {"carlini_wagner": fooled != attack.success}, {})
+
+
+MINIMUM_NORM: dict[str, LpNorm] = {"ddn": "l2", "fmn_linf": "linf", "fmn_l1": "l1"}
+"""The measurements that give robustness curves, and the norms that their attacks keep small."""
+
+
+def attack_by_ddn(problem: Problem, settings: Settings) -> AttackResult:
+    """DDN (l2) away from the predicted class."""
+    options = dict(num_steps=settings.minimum_norm_num_steps, bounds=problem.bounds)
+    return ddn(problem.logits_fn, problem.inputs, **options)
+
+
+def attack_by_fmn(norm: LpNorm, problem: Problem, settings: Settings) -> AttackResult:
+    """FMN away from the predicted class."""
+    options = dict(num_steps=settings.minimum_norm_num_steps, bounds=problem.bounds)
+    return fmn(problem.logits_fn, problem.inputs, norm=norm, **options)
+
+
+def judge_minimum_norm(name: str, case: Case, settings: Settings) -> Judged:
+    """The relative and the absolute size of the perturbations of DDN or FMN, their success, and the
+    size that makes each prediction wrong.
+
+    Where the attack does not succeed, its last perturbation counts in the two means.
+    """
+    attack, norm, method = case.found[name], MINIMUM_NORM[name], name.partition("_")[0]
+    fooled, size = (
+        case.is_fooled(attack, bounds=case.problem.bounds),
+        lp_norm(attack.perturbation, norm),
+    )
+    figures = {
+        f"rho_{norm}_{method}": relative_norm(attack.perturbation, case.problem.inputs, norm),
+        f"{norm}_{method}": size,
+        f"{name}_success": fooled,
+    }
+    is_right = case.predicted == case.problem.labels
+    sizes = jnp.where(is_right, jnp.where(fooled, size, jnp.inf), 0)
+    return Judged(figures, {name: fooled != attack.success}, {name: sizes})
 
 
 MEASUREMENTS = {
@@ -269,4 +312,11 @@ MEASUREMENTS = {
     "fgsm": Measurement("FGSM", attack_by_fgsm, judge_fgsm),
     "pgd": Measurement("PGD", attack_by_pgd, judge_pgd),
     "carlini_wagner": Measurement("C&W", attack_by_carlini_wagner, judge_carlini_wagner),
+    "ddn": Measurement("DDN", attack_by_ddn, partial(judge_minimum_norm, "ddn")),
+    "fmn_linf": Measurement(
+        "FMN (linf)", partial(attack_by_fmn, "linf"), partial(judge_minimum_norm, "fmn_linf")
+    ),
+    "fmn_l1": Measurement(
+        "FMN (l1)", partial(attack_by_fmn, "l1"), partial(judge_minimum_norm, "fmn_l1")
+    ),
 }

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dd_jax.evaluation.measurements import MEASUREMENTS, Case, Found, Judged, Problem, Settings
+from dd_jax.evaluation.measurements import (
+    MEASUREMENTS,
+    MINIMUM_NORM,
+    Case,
+    Found,
+    Judged,
+    Problem,
+    Settings,
+)
 from dd_jax.evaluation.verification import predicted_classes
 from dd_jax.norms import Bounds, per_example
 from dd_jax.types import LogitsFn
@@ -63,13 +71,15 @@ def judge(problem: Problem, found: Found, *, settings: Settings) -> Judged:
       Judged. Figures: always "accuracy"; "deepfool": "rho_l2", "l2" (in the other norm
       "rho_linf_deepfool", "linf_deepfool"), "deepfool_success", "deepfool_steps"; "fgsm":
       "rho_linf", "fgsm_success", "fgsm_curve" (batch, epsilons); "pgd": "accuracy_pgd";
-      "carlini_wagner": "l2_carlini_wagner", "carlini_wagner_success".
+      "carlini_wagner": "l2_carlini_wagner", "carlini_wagner_success"; "ddn": "rho_l2_ddn",
+      "l2_ddn", "ddn_success"; "fmn_linf": "rho_linf_fmn", "linf_fmn", "fmn_linf_success"; "fmn_l1":
+      "rho_l1_fmn", "l1_fmn", "fmn_l1_success". Sizes: of the last three, for `robustness_curve`.
     """
     predicted = predicted_classes(problem.logits_fn, problem.inputs)
-    judged = Judged({"accuracy": predicted == problem.labels}, {})
+    judged = Judged({"accuracy": predicted == problem.labels}, {}, {})
     for name in found:
-        figures, disagreements = MEASUREMENTS[name].judge(Case(problem, predicted, found), settings)
-        judged = Judged(judged.figures | figures, judged.disagreements | disagreements)
+        more = MEASUREMENTS[name].judge(Case(problem, predicted, found), settings)
+        judged = Judged(*(both | own for both, own in zip(judged, more, strict=True)))
     return judged
 
 
@@ -77,7 +87,8 @@ def sum_up(judged: Judged, mask: Float[Array | np.ndarray, " batch"]) -> Sums:
     """Sums over the examples whose mask is 1. Those with mask 0 are ignored, even if NaN."""
     counts = lambda values: per_example(mask > 0, values)
     figures, disagreements = jax.tree.map(
-        lambda x: jnp.sum(jnp.where(counts(x), x, 0), axis=0), tuple(judged)
+        lambda x: jnp.sum(jnp.where(counts(x), x, 0), axis=0),
+        (judged.figures, judged.disagreements),
     )
     return Sums(jnp.sum(mask), figures.pop("accuracy"), figures, disagreements)
 
@@ -94,7 +105,7 @@ def measure_batch(
     **settings: Any,
 ) -> Sums:
     """The sums over one batch: `attack`, `judge` and `sum_up`, for callers that do not compile
-    them separately.
+    them separately, and need no robustness curves.
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row.
@@ -102,8 +113,8 @@ def measure_batch(
       labels: the true classes.
       mask: 1 for examples that count and 0 for padding.
       names: keys of MEASUREMENTS, in any order.
-      bounds: (lower, upper), numbers or arrays that broadcast to one example, for FGSM, PGD and
-        C&W, which needs them.
+      bounds: (lower, upper), numbers or arrays that broadcast to one example, for FGSM, PGD, DDN,
+        FMN, and C&W, which needs them.
       key: for PGD's random starts, if `pgd_seed` is given.
       settings: fields of Settings, for example num_steps=50.
     """
@@ -141,6 +152,35 @@ def summarize(sums: Sums) -> Summary:
         | {name: mean(total) for name, total in totals.items()}
         | disagreements
     )
+
+
+def robustness_curve(name: str, sizes: Float[np.ndarray, " examples"]) -> dict[str, Any]:
+    """The accuracy of a net under all perturbations up to epsilon, for all epsilons at once, as far
+    as a minimum-norm attack found them.
+
+        robust accuracy(epsilon) = share of examples whose size is more than epsilon
+
+    Args:
+      name: of MINIMUM_NORM.
+      sizes: `Judged.sizes`; 0 for what is misclassified as it is, inf where no perturbation fooled.
+
+    Returns:
+      "norm"; "num_examples"; "num_misclassified", the number of zeros; "sizes", those that are
+      neither 0 nor inf, in the units of the inputs, ascending, to 6 digits. `dd_jax.results.curves`
+      reads it. It can be written as JSON.
+    """
+    found = np.sort(sizes[(sizes > 0) & np.isfinite(sizes)])
+    return {
+        "norm": MINIMUM_NORM[name],
+        "num_examples": len(sizes),
+        "num_misclassified": int(np.sum(sizes == 0)),
+        "sizes": [float(f"{size:.6g}") for size in found],
+    }
+
+
+def curve_name(name: str) -> str:
+    """The name, in a summary, of a measurement's robustness curve."""
+    return f"{name}_curve"
 
 
 def disagreements_name(name: str) -> str:

@@ -33,6 +33,8 @@ anything).
 AttackFn = Callable[[Shared, Batch], Any]
 JudgeFn = Callable[[Shared, Batch, Any], tuple[Any, Rows | None]]
 CompileFn = Callable[[AttackFn, JudgeFn], BatchFn]
+SIZE = "size "
+"""What the names of rows with sizes of perturbations begin with."""
 
 
 def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
@@ -44,8 +46,10 @@ def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
 def measurement_programs(
     apply_fn: ApplyFn, names: tuple[str, ...], settings: Settings
 ) -> tuple[AttackFn, JudgeFn]:
-    """The two programs from a batch to its `metrics.Sums`, and to DeepFool's perturbations if PASS
-    is asked for.
+    """The two programs from a batch to its `metrics.Sums`.
+
+    Where a measurement needs more, the rows are "mask"; SIZE and the measurement's name, for
+    robustness curves; and for PASS "image" and DeepFool's "perturbation".
     """
     on_device = tuple(dict.fromkeys("deepfool" if name == "pass" else name for name in names))
 
@@ -58,10 +62,10 @@ def measurement_programs(
 
     def judge(shared: Shared, batch: Batch, found: Found) -> tuple[Sums, Rows | None]:
         judged = metrics.judge(problem(shared, batch), found, settings=settings)
-        rows = None
+        rows = {f"{SIZE}{name}": sizes for name, sizes in judged.sizes.items()}
         if "pass" in names:
-            rows = {name: batch[name] for name in ("image", "mask")}
-            rows["perturbation"] = found["deepfool"].perturbation
+            rows |= {"image": batch["image"], "perturbation": found["deepfool"].perturbation}
+        rows = {"mask": batch["mask"]} | rows if rows else None
         return metrics.sum_up(judged, batch["mask"]), rows
 
     return attack, judge

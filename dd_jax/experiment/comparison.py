@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from dd_jax.results.report import (
     DEFENDED,
     REFERENCE,
     Report,
+    as_json,
     conditions,
     has_figures,
     read_report,
@@ -181,8 +181,8 @@ def _write_tables(rows: Sequence[Row], notes: Sequence[str], out: pathlib.Path) 
     (out / "table.md").write_text("\n\n".join([markdown_table(rows), *notes]) + "\n")
     (out / "table.txt").write_text("\n".join([text_table(rows), *notes]) + "\n")
     figures = {row.label: dict(row.measured) for row in rows}
-    content = json.dumps({"figures": figures, "notes": list(notes)}, indent=2)
-    (out / "comparison.json").write_text(content + "\n")
+    content = as_json({"figures": figures, "notes": list(notes)})
+    (out / "comparison.json").write_text(content)
 
 
 def list_nets(runs: Sequence[Run], reports: Sequence[Report]) -> list[Net]:

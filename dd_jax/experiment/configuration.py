@@ -8,7 +8,6 @@ one configuration per process in absl's flags, and a sweep reads many.)
 
 import ast
 import difflib
-import importlib.util
 import json
 import math
 import pathlib
@@ -21,14 +20,12 @@ from dd_jax import defenses, models, training
 from dd_jax._margin import Gradient
 from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
 from dd_jax.defenses._deep_defense import SOLVERS, named_solver
+from dd_jax.experiment import configuration_files
+from dd_jax.experiment.configuration_files import ConfigurationError
 from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
 NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers")  # May differ from one machine to the next.
-
-
-class ConfigurationError(ValueError):
-    """One sentence for the person who wrote the configuration or the command."""
 
 
 CHOICES = {
@@ -73,6 +70,8 @@ ADDED = {
     "defense.absolute_wrong_scale": 1.0,
     "defense.aggregation": "min",
     "defense.worst_fraction": 0.2,
+    "evaluation.minimum_norm_examples": 500,
+    "evaluation.minimum_norm_num_steps": 1000,
 }
 """Fields that older run directories lack, with the values that change nothing."""
 SHARES = ("defense.mixing_weight", "defense.fgsm_weight", "defense.clean_weight")
@@ -87,18 +86,19 @@ AT_LEAST_ONE = (
     "num_binary_search_steps",
     "num_attack_steps",
     "carlini_wagner_examples",
+    "minimum_norm_examples",
 )
 MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
 
 
 def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration in a Python file (`get_config()`), with overrides like
-    `--config.defense.correct_scale=30`.
+    """The configuration in a Python file (`get_config()`), or of a name ("digits_mlp"), with
+    overrides like `--config.defense.correct_scale=30`.
 
     ConfigurationError for whatever makes no sense, and for an override of an option that the chosen
     defense does not take. A file may set the options of all defenses.
     """
-    config = _load(pathlib.Path(path))
+    config = configuration_files.load(path)
     for override in overrides:
         _apply(config, override)
     check(config)
@@ -135,30 +135,6 @@ def _check_taken(defense: str, overrides: Sequence[str]) -> None:
             f"The defense {defense!r} does not take {listed}; leave it out, or choose another "
             f"defense.name."
         )
-
-
-def _load(path: pathlib.Path) -> ConfigDict:
-    if not path.is_file():
-        others = (
-            sorted(str(p) for p in path.parent.glob("[!_]*.py")) if path.parent.is_dir() else []
-        )
-        hint = f"; there are {', '.join(others)}" if others else ""
-        raise ConfigurationError(f"There is no configuration file {path}{hint}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    # Whatever the file does wrong is the user's to know, without our traceback.
-    except Exception as error:
-        raise ConfigurationError(
-            f"The configuration file {path} cannot be used: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigurationError(
-            f"get_config() in {path} gives a {type(config).__name__}; it must give a ConfigDict."
-        )
-    return config
 
 
 def _apply(config: ConfigDict, override: str) -> None:

@@ -12,6 +12,7 @@ from dd_jax import data, defenses, models, parallel, training
 from dd_jax.data import Preprocessing
 from dd_jax.evaluation import Evaluator, Settings
 from dd_jax.experiment.configuration import (
+    ADDED,
     CLASS_LIMITS,
     NOT_PART_OF_THE_RUN,
     ConfigurationError,
@@ -83,11 +84,14 @@ def paper_row(config: ConfigDict, method: str) -> published.Figures | None:
 
 
 def how_measured(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a flat configuration the fields on which a net's figures depend, its weights apart."""
+    """Of a flat configuration the fields on which a net's figures depend, its weights apart.
+
+    An older configuration lacks some of them; it counts as if it had their values in ADDED.
+    """
     sections = ("data.", "model.", "evaluation.")
     return {
         name: value
-        for name, value in fields.items()
+        for name, value in (ADDED | dict(fields)).items()
         if (name.startswith(sections) and name not in NO_MATTER_TO_FIGURES)
         or name == "defense.num_candidates"
     }
@@ -112,6 +116,7 @@ def make_evaluator(
         settings=Settings(**named, **limits),
         batch_size=config.evaluation.batch_size,
         carlini_wagner_examples=config.evaluation.carlini_wagner_examples,
+        minimum_norm_examples=config.evaluation.minimum_norm_examples,
         bounds=box if config.evaluation.clip else None,
         box=box,
         to_images=data.make_to_images(preprocessing),

@@ -6,9 +6,11 @@ measurement of the same images adds to it. No final figure is kept anywhere else
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dd_jax.results.curves import AUTOATTACK, points, with_points
 from dd_jax.results.tables import PAPERS, Row, has_published, text_table
 
 # A figure that each measurement gives.
@@ -17,8 +19,14 @@ FIGURE_OF = {
     "fgsm": "fgsm_success",
     "pgd": "accuracy_pgd",
     "carlini_wagner": "carlini_wagner_success",
+    "ddn": "ddn_success",
+    "fmn_linf": "fmn_linf_success",
+    "fmn_l1": "fmn_l1_success",
     "pass": "pass",
+    AUTOATTACK: AUTOATTACK,
 }
+NUMBERS = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")
+"""A list of numbers in JSON, one per line."""
 REFERENCE, DEFENDED = "reference", "defended"
 """The two stages of a run, and their nets."""
 # Of figures and settings in reports from before they were called FGSM throughout.
@@ -59,9 +67,15 @@ def write_report(report: Report, workdir: pathlib.Path) -> pathlib.Path:
     """Writes the report, whole or not at all, and returns its path."""
     path = workdir / file_name(report.limit)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report._asdict(), indent=2) + "\n")
+    partial.write_text(as_json(report._asdict()))
     partial.replace(path)
     return path
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file, indented, with each list of numbers in one line."""
+    in_one_line = lambda match: f"[{' '.join(match[1].split())}]"
+    return NUMBERS.sub(in_one_line, json.dumps(content, indent=2)) + "\n"
 
 
 def read_report(workdir: pathlib.Path, limit: int | None = None) -> Report | None:
@@ -103,7 +117,8 @@ def merged(before: Report | None, report: Report) -> Report:
         return report
     stages = {**before.measured, **report.measured}
     measured = {
-        stage: before.measured.get(stage, {}) | report.measured.get(stage, {}) for stage in stages
+        stage: with_points(before.measured.get(stage, {}), report.measured.get(stage, {}))
+        for stage in stages
     }
     names = list(dict.fromkeys([*before.names, *report.names]))
     return report._replace(measured=measured, names=names)
@@ -147,15 +162,33 @@ def table(report: Report) -> str:
 def conditions(report: Report, *others: Report) -> str:
     """What the figures of reports (on the same images) were measured on, in a line."""
     measured = next(iter(report.measured.values()))
-    fewer = measured.get("carlini_wagner_examples", measured["num_examples"])
-    few = f" (C&W: the first {fewer})" if fewer < measured["num_examples"] else ""
-    pgd = ""
+    attacks = ""
     if "accuracy_pgd" in measured:
         epsilon, steps = (
             report.config[f"evaluation.pgd_{name}"] for name in ("epsilon", "num_steps")
         )
-        pgd = f"; PGD: linf, epsilon {epsilon}, {steps} steps"
+        attacks = f"; PGD: linf, epsilon {epsilon}, {steps} steps"
+    if {"ddn_success", "fmn_linf_success", "fmn_l1_success"} & measured.keys():
+        attacks += f"; DDN, FMN: {report.config['evaluation.minimum_norm_num_steps']} steps"
     seeds = sorted({each.seed for each in (report, *others)})
     seed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    space = f"inputs: {report.input_space}{pgd}; {seed}"
-    return f"{measured['num_examples']} test images{few} of {report.data}; {space}"
+    space = f"inputs: {report.input_space}{attacks}; {seed}"
+    number, few = measured["num_examples"], _fewer(measured)
+    return f"{number} test images{few} of {report.data}; {space}"
+
+
+def _fewer(measured: Mapping[str, Any]) -> str:
+    """Which attacks were given the first images only, and how many; empty where none was."""
+    of_autoattack = {point.num_examples for point in points(measured)}
+    numbers = {
+        "C&W": measured.get("carlini_wagner_examples"),
+        "DDN": measured.get("ddn_examples"),
+        "FMN": measured.get("fmn_linf_examples", measured.get("fmn_l1_examples")),
+        "AutoAttack": min(of_autoattack, default=None),
+    }
+    attacks: dict[int, list[str]] = {}
+    for attack, number in numbers.items():
+        if number is not None and number < measured["num_examples"]:
+            attacks.setdefault(number, []).append(attack)
+    listed = [f"{', '.join(names)}: the first {number}" for number, names in attacks.items()]
+    return f" ({'; '.join(listed)})" if listed else ""
