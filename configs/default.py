@@ -124,9 +124,9 @@ def get_config() -> ConfigDict:
                 "carlini_wagner_examples": 500,  # C&W is slow: only the first so many test images
                 "carlini_wagner_num_steps": 200,  # of Adam, in each of
                 "carlini_wagner_num_binary_search_steps": 5,
-                # DDN and FMN, and their robustness curves: only the first so many test images
+                # DDN and FMN are slow: only the first so many test images
                 "minimum_norm_examples": 500,
-                "minimum_norm_num_steps": 1000,
+                "minimum_norm_num_steps": 1000,  # of DDN and FMN
             },
         }
     ).lock()  # A misspelled field in a configuration is an error.
