@@ -60,6 +60,7 @@ TRAINING = (
     "dd_jax.evaluation",
     "dd_jax.training",
     "dd_jax.results",
+    "dd_jax.experiment.configuration_files",
     "dd_jax.experiment.configuration",
     "dd_jax.experiment.sweeps",
     "dd_jax.experiment.inputs",
@@ -72,6 +73,8 @@ TRAINING = (
     "dd_jax.experiment.comparison",
     "dd_jax.experiment.command_line",
     "dd_jax.experiment",
+    "dd_jax.commands",
+    "dd_jax.__main__",
 )
 ORDER = CORE + TRAINING
 CORE_MAY_IMPORT = {"jax", "jaxtyping", "numpy"} | sys.stdlib_module_names
@@ -81,10 +84,13 @@ ONLY_IN = {
     "tensorflow_datasets": ("dd_jax.data",),
     "grain": ("dd_jax.data",),
     "ml_collections": (
+        "dd_jax.experiment",
+        "dd_jax.experiment.configuration_files",
         "dd_jax.experiment.configuration",
         "dd_jax.experiment.inputs",
         "dd_jax.experiment.plans",
         "dd_jax.experiment.build",
+        "dd_jax.commands",
     ),
     "matplotlib": ("dd_jax.results",),
     "tensorboardX": ("dd_jax.log",),
@@ -192,7 +198,7 @@ def test_only_parallel_knows_of_several_devices(module):
     )
 
 
-READS_CONFIGURATIONS = "dd_jax.experiment"
+READS_CONFIGURATIONS = ("dd_jax.experiment", "dd_jax.commands.train")
 
 
 @each_module

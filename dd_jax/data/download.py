@@ -6,6 +6,7 @@ python -m dd_jax.data cifar100 [--data_dir DIR]
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,15 @@ def _builder_class(name: str) -> type:
         return type(original.__name__, (original,), replaced)
 
 
-def main() -> None:
-    """Runs the command line; an error that the user can correct is one sentence and exit status
-    1.
+def main(arguments: Sequence[str] | None = None, program: str = "python -m dd_jax.data") -> None:
+    """Runs the command line, sys.argv's if None; an error that the user can correct is one sentence
+    and exit status 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m dd_jax.data", description="Downloads a data set, once."
-    )
+    parser = argparse.ArgumentParser(prog=program, description="Downloads a data set, once.")
     parser.add_argument("name", help=f"one of {', '.join(DOWNLOADS)}; digits needs no download")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     try:
-        print(f"{arguments.name} is ready in {download(arguments.name, arguments.data_dir)}")
-    except DataError as error:
+        print(f"{chosen.name} is ready in {download(chosen.name, chosen.data_dir)}")
+    except (DataError, extras.MissingPackageError) as error:
         sys.exit(f"error: {error}")

@@ -1,16 +1,18 @@
-"""What train.py and evaluate.py share: one clear sentence instead of a traceback for what the user
-can mend, and processes.
+"""What the commands share: processes, and one clear sentence instead of a traceback for what the
+user can mend.
 """
 
 import argparse
 import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import TypeVar
 
 from dd_jax import parallel
 from dd_jax.data import DataError
-from dd_jax.experiment.configuration import ConfigurationError
+from dd_jax.experiment.configuration_files import ConfigurationError
+from dd_jax.extras import MissingPackageError
 from dd_jax.parallel import Terminated
 from dd_jax.pretrained import WeightsError
 from dd_jax.training.checkpoints import DamagedCheckpointError
@@ -21,6 +23,7 @@ USER_ERRORS = (
     DamagedCheckpointError,
     DataError,
     DivergenceError,
+    MissingPackageError,
     WeightsError,
     FileNotFoundError,
 )
@@ -28,16 +31,17 @@ Prepared = TypeVar("Prepared")
 INTERRUPTED, TERMINATED = 130, 143
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring as its help."""
-    return argparse.ArgumentParser(
+def make_parser(description: str, program: str | None = None) -> ArgumentParser:
+    """A parser that shows the description as it is. `program`: how it is called; None: argv's."""
+    return ArgumentParser(
+        prog=program,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+def add_process_arguments(parser: ArgumentParser) -> None:
     """The arguments of a run on several machines."""
     group = parser.add_argument_group(
         "several machines: the same command on each, on one shared file system"

@@ -6,6 +6,7 @@ python -m dd_jax.pretrained in.pth --model resnet18 out.safetensors
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from dd_jax import models
 from dd_jax.pretrained.errors import WeightsError
@@ -30,10 +31,14 @@ def convert(source: pathlib.Path, name: str, target: pathlib.Path) -> int:
     return len(arrays)
 
 
-def main() -> None:
-    """Runs the command line. A WeightsError prints one sentence and exits with status 1."""
+def main(
+    arguments: Sequence[str] | None = None, program: str = "python -m dd_jax.pretrained"
+) -> None:
+    """Runs the command line, sys.argv's if None. An error that the user can correct prints one
+    sentence and exits with status 1.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m dd_jax.pretrained", description="Converts weights to safetensors."
+        prog=program, description="Converts weights to safetensors, with PyTorch's names."
     )
     parser.add_argument(
         "source", type=pathlib.Path, help=f"a file that ends in {', '.join(SUFFIXES)}"
@@ -42,12 +47,12 @@ def main() -> None:
         "--model", required=True, choices=models.NAMES, help="the net that the weights belong to"
     )
     parser.add_argument("target", type=pathlib.Path, help=f"a file that ends in {TARGET_SUFFIX}")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     try:
-        count = convert(arguments.source, arguments.model, arguments.target)
+        count = convert(chosen.source, chosen.model, chosen.target)
     except WeightsError as error:
         sys.exit(f"error: {error}")
-    print(f"{arguments.target} holds the {count} arrays of {arguments.model}.")
+    print(f"{chosen.target} holds the {count} arrays of {chosen.model}.")
 
 
 if __name__ == "__main__":
