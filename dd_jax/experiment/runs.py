@@ -39,11 +39,7 @@ def run_stages(run: Run) -> Report:
     reference = reference_state(run)
     measured = {REFERENCE: measure_once(run, REFERENCE, reference)}
     add_to_report(run, make_report(run, measured))
-    plan, averaged = run.stages[DEFENDED], training.averaged(reference)
-    # Copies, since training donates its state.
-    weights = jax.tree.map(jnp.copy, (averaged.params, averaged.batch_stats))
-    plan = plan._replace(make_state=lambda: plan.with_weights(*weights))
-    defended = _trained(run, plan)
+    defended = defended_state(run, reference)
     measured[DEFENDED] = measure_once(run, DEFENDED, defended)
     return add_to_report(run, make_report(run, measured))[0]
 
@@ -64,6 +60,16 @@ def reference_state(run: Run) -> TrainState:
         return plan.with_weights(*given)._replace(step=num_steps)
 
     return _trained(run, plan._replace(make_state=make_state))
+
+
+def defended_state(run: Run, reference: TrainState) -> TrainState:
+    """The net that is defended, from the reference net on: restored from the run directory, else
+    trained.
+    """
+    plan, averaged = run.stages[DEFENDED], training.averaged(reference)
+    # Copies, since training donates its state.
+    weights = jax.tree.map(jnp.copy, (averaged.params, averaged.batch_stats))
+    return _trained(run, plan._replace(make_state=lambda: plan.with_weights(*weights)))
 
 
 def _trained(run: Run, plan: StagePlan) -> TrainState:
