@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,  # of the weights, the order of the images, flips and dropout
+            # How a step is compiled for several devices, the results are the same: pmap, shard_map;
+            # auto: shard_map where there are several processes, pmap otherwise
+            "parallel": "auto",
             "tensorboard": False,  # also write the curves for TensorBoard, into WORKDIR/tensorboard
             "model": {
                 # mlp, lenet, convnet, nin, preactresnet18, wideresnet28_10, alexnet,

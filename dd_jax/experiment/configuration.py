@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
-from dd_jax import defenses, models, training
+from dd_jax import defenses, models, parallel, training
 from dd_jax._margin import Gradient
 from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
 from dd_jax.defenses._deep_defense import SOLVERS, named_solver
@@ -25,10 +25,12 @@ from dd_jax.experiment.configuration_files import ConfigurationError
 from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
-NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers")  # May differ from one machine to the next.
+# May differ from one machine to the next.
+NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers", "parallel")
 
 
 CHOICES = {
+    "parallel": parallel.MODES,
     "model.name": models.NAMES,
     "model.compute_dtype": ("float32", "bfloat16"),
     "data.name": (*SOURCES, *STREAMED_SOURCES),
@@ -52,6 +54,7 @@ RENAMED = {
 }
 """Fields by the names that they had before."""
 ADDED = {
+    "parallel": "auto",
     "data.crop_padding": 0,
     "data.validation_images": 0,
     "reference.average_decay": 0.0,
@@ -310,7 +313,8 @@ def _up_to_date(fields: Any) -> dict[str, Any]:
     known = flatten(dict(fields.items()))
     flat = {RENAMED.get(name, name): value for name, value in known.items()}
     sections = {name.partition(".")[0] for name in flat}
-    missing = {name: value for name, value in ADDED.items() if name.partition(".")[0] in sections}
+    is_known = lambda name: "." not in name or name.partition(".")[0] in sections
+    missing = {name: value for name, value in ADDED.items() if is_known(name)}
     nested: dict[str, Any] = {}
     for name, value in (missing | flat).items():
         section, dot, field = name.rpartition(".")

@@ -120,7 +120,7 @@ def make_evaluator(
         bounds=box if config.evaluation.clip else None,
         box=box,
         to_images=data.make_to_images(preprocessing),
-        compile_fn=feed.compile_fn(),
+        compile_fn=partial(feed.compile_fn(), mode=config.parallel),
     )
 
 
@@ -213,6 +213,7 @@ def _step_maker(
         accumulation_steps=settings.accumulation_steps,
         compute_dtype=config.model.compute_dtype,
         update_batch_stats=is_reference and _has_batch_stats(config, name, model),
+        parallel_mode=config.parallel,
     )
     return partial(training.make_train_step, model, optimizer, defense, **options)
 

@@ -79,7 +79,7 @@ def train_stage(
         if first_step < plan.num_steps:
             on_training()
             state = _train_with_progress(plan, workdir, state, saved)
-        saved.save(int(state.step), parallel.as_global(state))
+        saved.save(int(state.step), state)
     return state
 
 
@@ -117,7 +117,7 @@ def _train_with_progress(
             if to_save:
                 check_finite(latest["loss"], step)
                 journal.note_undecodable(step)
-                saved.save(step, parallel.as_global(state))
+                saved.save(step, state)
             if to_end:
                 raise parallel.Terminated(
                     f"Asked to end; step {step} of the {plan.name} training is saved."

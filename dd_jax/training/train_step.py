@@ -103,6 +103,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     compute_dtype: Any = jnp.float32,
     update_batch_stats: bool = False,
+    parallel_mode: parallel.Mode = "auto",
 ) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A `train_step(state, batch, key) -> (state, metrics)`, compiled for all devices.
 
@@ -122,6 +123,8 @@ def make_train_step(
     statistics are the mean of those of all parts, weighted by their numbers of examples with mask
     1. So the result depends on how a batch is divided. False: the stored statistics are used, and
     left as they are, as in all attacks.
+
+    parallel_mode: how the step is compiled for all devices, see `dd_jax.parallel`.
 
     ValueError for update_batch_stats with a defense other than "clean" or "parseval", whose attacks
     need the stored statistics, or with a net that has none.
@@ -150,7 +153,8 @@ def make_train_step(
         change = means.pop("batch_stats_change", None)
         return _updated(optimizer, defense, state, gradient, change), means
 
-    return parallel.on_all_devices(train_step, donate_state=True, split_into=accumulation_steps)
+    options = dict(donate_state=True, split_into=accumulation_steps, mode=parallel_mode)
+    return parallel.on_all_devices(train_step, **options)
 
 
 def _sums(
