@@ -5,9 +5,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from dd_jax import evaluation, xla
+from dd_jax import evaluation, extras, xla
 from dd_jax.commands import Calls
-from dd_jax.experiment import build, command_line, comparison
+
+with extras.needed("all"):
+    from dd_jax.experiment import build, command_line, comparison
 
 DESCRIPTION = """Measures a finished run, from its checkpoints, draws its figures; compares runs.
 

@@ -5,20 +5,22 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from ml_collections import ConfigDict
-
-from dd_jax import parallel, xla
+from dd_jax import extras, parallel, xla
 from dd_jax.commands import Calls
-from dd_jax.experiment import (
-    build,
-    command_line,
-    configuration,
-    configuration_files,
-    runs,
-    sweeps,
-)
 from dd_jax.results.report import REFERENCE, file_name, table
-from dd_jax.training.loop import latest_step
+
+with extras.needed("train"):
+    from ml_collections import ConfigDict
+
+    from dd_jax.experiment import (
+        build,
+        command_line,
+        configuration,
+        configuration_files,
+        runs,
+        sweeps,
+    )
+    from dd_jax.training.loop import latest_step
 
 DESCRIPTION = """Trains a reference net, defends it, and prints what it gained.
 
