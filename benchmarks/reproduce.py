@@ -1,9 +1,18 @@
 """The paper's Table 2 from one command, and the search of the options that its runs have.
 
-python -m benchmarks.reproduce --search --nets mlp lenet --data_dir DIR [--trials 12]
+    python -m benchmarks.reproduce --search --nets mlp lenet --data_dir DIR [--trials 12]
+    python -m benchmarks.reproduce --choose --nets mlp lenet
+    python -m benchmarks.reproduce --nets mlp lenet --seeds 0 1 2 --data_dir DIR
+    python -m benchmarks.reproduce --page
+
+The first searches the options of every defense on held-out training images, see reproduce_search.py. The
+second writes down what is the best so far. The third trains with these options, measures on the test
+images, see reproduce_final.py, and writes the page, benchmarks/reproduction/README.md; the fourth writes
+the page alone. All go on where they were stopped. Run directories lie in --workdir, results in --results.
+For CIFAR-10, --exact_subset FILE.npz ("test_images", "test_labels") has every net measured on these images
+too.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -12,26 +21,43 @@ sys.path.insert(0, str(ROOT))
 
 from dd_jax import xla  # noqa: E402
 
-xla.set_flags()  # Before JAX starts, as train.py does.
+FLAGS_ADDED = xla.set_flags()  # Before JAX starts, as train.py does.
 
+from benchmarks import reproduce_final as final  # noqa: E402
+from benchmarks import reproduce_page as page  # noqa: E402
 from benchmarks import reproduce_search as search  # noqa: E402
 from dd_jax.experiment import command_line  # noqa: E402
+
+SEEDS = (0, 1, 2)
 
 
 def main() -> None:
     parser = command_line.make_parser(__doc__)
-    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--search", action="store_true", help="search options")
+    parser.add_argument("--choose", action="store_true", help="write down the best options")
+    parser.add_argument("--page", action="store_true", help="write the page alone")
     parser.add_argument("--nets", nargs="+", choices=search.CONFIGS, default=["mlp", "lenet"])
     parser.add_argument("--defenses", nargs="+", choices=search.DEFENSES, default=search.DEFENSES)
     parser.add_argument("--trials", type=command_line.positive, default=search.NUM_TRIALS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
     parser.add_argument("--results", type=pathlib.Path, default=search.RESULTS)
+    parser.add_argument("--exact_subset", type=pathlib.Path)
     parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
     arguments = parser.parse_args()
-    for net in arguments.nets:
-        trials = search.Search(net, arguments.workdir, arguments.results, arguments.data_dir)
-        trials.run(arguments.trials, arguments.defenses, command_line.say)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    where = (arguments.workdir, arguments.results, arguments.data_dir)
+    for net in arguments.nets if not arguments.page else ():
+        if arguments.search:
+            search.Search(net, *where).run(arguments.trials, arguments.defenses, command_line.say)
+        elif arguments.choose:
+            final.write_choice(net, arguments.results)
+        else:
+            options = dict(exact_subset=arguments.exact_subset, say=command_line.say)
+            final.Finals(net, *where, **options).run(arguments.seeds, arguments.defenses)
+    if not arguments.search:
+        command_line.say(f"written to {page.write_page(arguments.results)}")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, FLAGS_ADDED.sentence)

@@ -1,0 +1,205 @@
+"""The final runs of `python -m benchmarks.reproduce`: every defense with the options that the search chose.
+
+    chosen_NET.json    what was chosen, with its held-out figures, and how many trials there were
+    results_NET.jsonl  a line per net: (seed, defense, settings) -> figures on all test images
+
+A run trains on all training images, from the reference net of its seed, and is measured on all test images:
+DeepFool, FGSM, PGD, PASS, and C&W on the first CARLINI_WAGNER_IMAGES. A line that is there is not measured
+again; a run that was stopped goes on from its latest checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.reproduce_search import (
+    DEFENSES,
+    MEASURED,
+    RESULTS,
+    ROOT,
+    Clock,
+    Figures,
+    Line,
+    Settings,
+    append_line,
+    choose,
+    read_config,
+    read_lines,
+)
+from dd_jax.experiment import build, comparison, configuration, plans, runs
+from dd_jax.experiment.build import Run
+from dd_jax.experiment.measuring import measure_state
+from dd_jax.experiment.reporting import add_to_report, make_report
+from dd_jax.results.report import DEFENDED, REFERENCE, has_figures, read_report
+from dd_jax.training import TrainState
+
+CARLINI_WAGNER_IMAGES = 1_000
+OVERRIDES = (f"evaluation.carlini_wagner_examples={CARLINI_WAGNER_IMAGES}",)
+JPEG_COPY = "CIFAR-10 (JPEG copy)"
+
+
+def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
+    """Chooses from the search's trials and writes chosen_NET.json; returns what it holds."""
+    lines = read_lines(results / f"search_{net}.jsonl")
+    reference = next(line for line in lines if line["defense"] == REFERENCE)["figures"]
+    chosen = {}
+    for defense in DEFENSES:
+        trials = [line for line in lines if line["defense"] == defense]
+        if trials:
+            best = choose(trials, reference)
+            names = ("settings", "trial", "figures")
+            chosen[defense] = {name: best[name] for name in names} | {"num_trials": len(trials)}
+    content = {"net": net, "data": lines[0]["data"], "reference": reference, "defenses": chosen}
+    (results / f"chosen_{net}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def read_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
+    """What chosen_NET.json holds; FileNotFoundError, with what to do, where it is not there."""
+    path = results / f"chosen_{net}.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {path}; run python -m benchmarks.reproduce --search, then --choose."
+        )
+    return json.loads(path.read_text())
+
+
+def directory(workdir: pathlib.Path, net: str, seed: int, defense: str, settings: Settings):
+    """The run directory of a final run, which other settings do not share."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = defense if defense == REFERENCE else f"{defense}-{digest}"
+    return workdir / "final" / net / f"seed_{seed}" / name
+
+
+class Finals:
+    """The final runs of a net, of all seeds on the same data.
+
+    overrides: for the configuration. exact_subset: an .npz file of "test_images" and "test_labels",
+    on which a net is measured too.
+    """
+
+    def __init__(
+        self,
+        net: str,
+        workdir: pathlib.Path,
+        results: pathlib.Path = RESULTS,
+        data_dir: str | None = None,
+        overrides: Sequence[str] = OVERRIDES,
+        exact_subset: pathlib.Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._net, self._workdir, self._data_dir = net, workdir, data_dir
+        self._path, self._overrides, self._say = results / f"results_{net}.jsonl", overrides, say
+        self._exact_subset, self._first = exact_subset, None
+        self._choice = read_choice(net, results)["defenses"]
+
+    def run(self, seeds: Sequence[int], defenses: Sequence[str] = DEFENSES) -> None:
+        """Runs what is missing, seed by seed: the reference, then each defense that was chosen."""
+        for seed in seeds:
+            self._line(seed, REFERENCE, {}, {})
+            for defense in defenses:
+                if defense in self._choice:
+                    known = read_report(self._directory(seed, REFERENCE, {}))
+                    settings = self._choice[defense]["settings"]
+                    self._line(seed, defense, settings, known.measured[REFERENCE])
+
+    def _line(self, seed: int, defense: str, settings: Settings, reference: Figures) -> None:
+        wanted = (seed, defense, settings)
+        lines = read_lines(self._path)
+        if wanted in [(line["seed"], line["defense"], line["settings"]) for line in lines]:
+            return
+        started, run = Clock(), self._run(seed, defense, settings)
+        state = runs.reference_state(run)
+        if defense != REFERENCE:
+            state = runs.defended_state(run, state)
+        trained, stage = started.seconds(), REFERENCE if defense == REFERENCE else DEFENDED
+        figures = self._figures(run, stage, state, reference)
+        line = {"net": self._net, "seed": seed, "defense": defense, "settings": settings}
+        line |= {"figures": figures, "num_train": run.feed.num_train} | facts(run)
+        line |= {"training": trained, "all": started.seconds()}
+        if self._exact_subset is not None:
+            line["exact_subset"] = measured_on(run, state, self._exact_subset)
+        append_line(self._path, line)
+        self._say(f"{self._net}, seed {seed}, {defense}: {said(figures)}")
+
+    def _figures(
+        self, run: Run, stage: str, state: TrainState, reference: Figures
+    ) -> dict[str, Any]:
+        """What is measured of a net, one measurement after the other: each is kept in its report."""
+        names = comparison.all_names(run)
+        for name in names:
+            report = read_report(run.workdir)
+            if report is None or not has_figures(report, stage, [name]):
+                found = {stage: measure_state(run.evaluator, state, names=[name], quiet=True)}
+                found |= {REFERENCE: reference} if stage == DEFENDED else {}
+                add_to_report(run, make_report(run, found, names=[name]))
+        figures = dict(read_report(run.workdir).measured[stage])
+        figures.pop("fgsm_curve", None)
+        return figures
+
+    def _directory(self, seed: int, defense: str, settings: Settings) -> pathlib.Path:
+        return directory(self._workdir, self._net, seed, defense, settings)
+
+    def _run(self, seed: int, defense: str, settings: Settings) -> Run:
+        others = [*self._overrides, f"seed={seed}"]
+        if defense != REFERENCE:
+            others.append(f"reference.source={self._directory(seed, REFERENCE, {})}")
+        method = "clean" if defense == REFERENCE else defense
+        config = read_config(self._net, method, settings, self._data_dir, *others)
+        workdir = self._directory(seed, defense, settings)
+        configuration.claim_directory(config, workdir)
+        run = build.build_run(config, workdir, like=self._first)
+        self._first = self._first or run
+        return run
+
+
+def measured_on(run: Run, state: TrainState, path: pathlib.Path) -> dict[str, Any]:
+    """The figures of a net on the images of a file, in the run's own input space."""
+    with np.load(path) as arrays:
+        images, labels = arrays["test_images"], arrays["test_labels"].astype(np.int32)
+    others = run.feed.data._replace(test_images=images, test_labels=labels)
+    feed = run.feed._replace(data=others, test_inputs=run.preprocessing(images))
+    config = configuration.load(run.workdir)
+    evaluator = plans.make_evaluator(config, run.model, feed, run.preprocessing)
+    figures = measure_state(evaluator, state, names=(*MEASURED, "carlini_wagner"), quiet=True)
+    figures.pop("fgsm_curve")
+    return figures
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What the figures of a run were taken with."""
+    stands = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(stands, capture_output=True, text=True, check=False).stdout.strip()
+    device = jax.devices()[0]
+    return {
+        "data": run.facts.data,
+        "input_space": run.facts.input_space,
+        "published": run.facts.published,
+        "commit": commit,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.device_kind} ({os.cpu_count()} cores)",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def said(figures: Mapping[str, Any]) -> str:
+    """A net's figures in a line, for the terminal."""
+    names = ("accuracy", "l2", "rho_linf", "l2_carlini_wagner", "accuracy_pgd", "pass")
+    return ", ".join(f"{name} {figures[name]:.4f}" for name in names if name in figures)
+
+
+def results_of(net: str, results: pathlib.Path = RESULTS) -> list[Line]:
+    """The lines of a net that belong to what is chosen now, the reference's included."""
+    choice = read_choice(net, results)["defenses"]
+    wanted = {REFERENCE: {}} | {name: chosen["settings"] for name, chosen in choice.items()}
+    lines = read_lines(results / f"results_{net}.jsonl")
+    return [line for line in lines if line["settings"] == wanted.get(line["defense"])]

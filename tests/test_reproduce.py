@@ -1,0 +1,185 @@
+"""The reproduction of Table 2: what its search tries and chooses, and that search, final runs and page go
+on where they were stopped. Tiny runs on digits.
+"""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from benchmarks import reproduce_final as final
+from benchmarks import reproduce_page as page
+from benchmarks import reproduce_search as search
+from dd_jax.experiment import build, configuration
+from dd_jax.experiment.configuration import ConfigurationError
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = (
+    "data.name=digits",
+    "data.train_limit=200",
+    "data.test_limit=30",
+    "reference.num_epochs=2",
+    "reference.batch_size=50",
+    "fine_tuning.batch_size=50",
+    "fine_tuning.max_steps=2",
+    "evaluation.batch_size=40",
+    "evaluation.num_steps=5",
+    "evaluation.pgd_num_steps=2",
+    "evaluation.carlini_wagner_num_steps=4",
+    "evaluation.carlini_wagner_num_binary_search_steps=1",
+    "evaluation.carlini_wagner_examples=10",
+)
+TWO = ("clean", "deep_defense")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def setting():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield
+
+
+def figures(accuracy, l2, rho_linf=0.1):
+    return {"accuracy": accuracy, "l2": l2, "rho_linf": rho_linf, "accuracy_pgd": 0.5}
+
+
+def trial(accuracy, l2, **settings):
+    return {"figures": figures(accuracy, l2), "settings": settings}
+
+
+REFERENCE = figures(0.98, 1.0)
+
+
+def test_the_best_trial_that_is_as_accurate_as_the_reference_is_chosen():
+    lines = [trial(0.981, 1.5), trial(0.98, 1.6), trial(0.9799, 3.0), {"figures": None}]
+    assert search.choose(lines, REFERENCE) is lines[1]
+    # None is as accurate: a gain of sqrt(1.21) = 1.1 against one of 1.2 less a point of accuracy.
+    lines = [trial(0.9799, 1.21), trial(0.97, 1.44)]
+    assert search.choose(lines, REFERENCE) is lines[0]
+    assert search.promise(lines[1], REFERENCE) == pytest.approx(1.2 - 1.0)
+    assert search.promise({"figures": None}, REFERENCE) == -math.inf
+
+
+def test_the_gain_is_the_geometric_mean_of_both_norms():
+    assert search.gain(figures(0.9, 2.0, 0.8), REFERENCE) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("net", ["mlp", "nin"])
+@pytest.mark.parametrize("defense", search.DEFENSES)
+def test_every_trial_is_within_its_space_and_none_is_made_twice(net, defense):
+    space, lines = search.SPACES[defense], []
+    for number in range(12):
+        settings = search.next_settings(net, defense, lines, REFERENCE)
+        assert settings.keys() == space.keys()
+        for name, value in settings.items():
+            values, (low, high) = space[name]
+            assert value in values if values else low <= value <= high
+        assert settings not in [line["settings"] for line in lines]
+        search.read_config(net, defense, settings, None)  # The configuration takes them.
+        lines.append({"settings": settings, "figures": figures(0.97 + number / 1000, 1.0)})
+    parents = [lines[-1]["settings"], lines[-2]["settings"]]
+    moved = search.next_settings(net, defense, lines, REFERENCE)
+    changes = [sum(moved[name] != parent[name] for name in moved) for parent in parents]
+    assert min(changes) <= search.NUM_CHANGES
+    assert moved == search.next_settings(net, defense, lines, REFERENCE), "Resumed, it is the same."
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_spoils_no_other(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    search.append_line(path, {"a": 1})
+    path.write_text(path.read_text() + '{"a": 2')
+    search.append_line(path, {"a": 3})
+    assert search.read_lines(path) == [{"a": 1}, {"a": 3}]
+    assert search.read_lines(tmp_path / "none") == []
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished search and final runs of two defenses; what was said while they ran."""
+    workdir, said = tmp_path_factory.mktemp("reproduce"), []
+    held_out = (*TINY, "data.validation_images=60")
+    make = lambda: search.Search("mlp", workdir, workdir, None, held_out, robustness_images=20)
+    make().run(1, TWO, said.append)
+    return workdir, make, said
+
+
+def test_a_search_goes_on_and_measures_on_held_out_images(searched):
+    workdir, make, said = searched
+    before = (workdir / "search_mlp.jsonl").read_text()
+    again = []
+    make().run(1, TWO, again.append)
+    assert len(said) == 2 and again == []
+    assert (workdir / "search_mlp.jsonl").read_text() == before
+    lines = search.read_lines(workdir / "search_mlp.jsonl")
+    assert [line["defense"] for line in lines] == ["reference", *TWO]
+    for line in lines:
+        assert line["train_images"] == 140
+        assert line["figures"]["num_examples"] == 60
+        assert line["figures"]["robustness_images"] == 20
+        assert "the last 60 of 200 training images in place of the test images" in line["data"]
+    assert [path.name for path in (workdir / "search/mlp").iterdir()] == ["reference"]
+
+
+def test_a_reference_that_has_seen_held_out_images_is_refused(searched, tmp_path):
+    workdir, _, _ = searched
+    source = f"reference.source={workdir / 'search/mlp/reference'}"
+    for held_out, limit in ((61, 200), (60, 190)):
+        others = (f"data.validation_images={held_out}", f"data.train_limit={limit}")
+        config = search.read_config("mlp", "clean", {}, None, *TINY, source, *others)
+        run = build.build_run(config, tmp_path)
+        with pytest.raises(ConfigurationError, match="has seen images that it is measured on"):
+            run.load_reference()
+    with pytest.raises(ConfigurationError, match="validation_images is 200; it must be below"):
+        config = search.read_config("mlp", "clean", {}, None, *TINY, "data.validation_images=200")
+        build.build_run(config, tmp_path)
+
+
+def test_final_runs_go_on_and_the_page_has_their_figures(searched):
+    workdir, _, _ = searched
+    with pytest.raises(FileNotFoundError, match="--choose"):
+        final.read_choice("lenet", workdir)
+    chosen = final.write_choice("mlp", workdir)["defenses"]
+    assert list(chosen) == list(TWO)
+    subset = workdir / "subset.npz"
+    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28, 1), dtype=np.uint8)
+    np.savez(subset, test_images=images, test_labels=np.arange(7, dtype=np.uint8))
+    said = []
+    make = lambda: final.Finals("mlp", workdir, workdir, None, TINY, subset, said.append)
+    make().run([0])
+    lines = final.results_of("mlp", workdir)
+    assert [line["defense"] for line in lines] == ["reference", *TWO] and len(said) == 3
+    for line in lines:
+        assert line["figures"]["num_examples"] == 30
+        assert line["figures"]["carlini_wagner_examples"] == 10
+        assert line["exact_subset"]["num_examples"] == 7
+        assert "in place of the test images" not in line["data"]
+    make().run([0])
+    assert len(said) == 3, "Nothing is measured twice."
+    # A line that is lost is measured anew from the run directory, and is the same.
+    results = workdir / "results_mlp.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
+    make().run([0])
+    again = final.results_of("mlp", workdir)[-1]
+    assert again["figures"] == lines[-1]["figures"]
+    assert configuration.load(
+        final.directory(workdir, "mlp", 0, "clean", chosen["clean"]["settings"])
+    )
+
+    text = page.write_page(workdir).read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| deep_defense | 1 |"))
+    assert f"{again['figures']['l2']:.3f}" in row and f"{again['figures']['pass']:.4f}" in row
+    assert f"l2 >= 1.900 | {again['figures']['l2']:.3f}, **missed**" in text
+    content = json.loads((workdir / "results.json").read_text())["mlp"]
+    assert content["final"]["deep_defense"]["l2"]["mean"] == again["figures"]["l2"]
+
+
+def test_the_page_shows_mean_and_range_over_the_seeds_beside_the_papers(tmp_path):
+    lines = [
+        {"seed": seed, "figures": {"l2": l2}, "published": {"deep_defense": {"l2_deepfool": 1.64}}}
+        for seed, l2 in ((0, 1.8), (1, 2.0), (2, 2.2))
+    ]
+    text = page.main_table({"deep_defense": lines})
+    assert "| deep_defense | 3 | 2.000; 1.800 to 2.200 (1.640) |" in text
+    assert page.targets("mlp", {"deep_defense": {}}) == []
