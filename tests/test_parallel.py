@@ -18,17 +18,21 @@ import pytest
 from dd_jax import parallel
 
 PROGRAM = """
-import json, sys
+import json, sys, warnings
 sys.path[:0] = [{root!r}]
 from dd_jax import parallel
 arguments = json.loads(sys.argv[1])
 if arguments.get("coordinator"):
     parallel.initialize(arguments["coordinator"], arguments["num_processes"], arguments["process_id"])
+from functools import partial
 import flax.linen as nn
 import jax, numpy as np, optax
 from dd_jax import defenses, evaluation, training
 from dd_jax.data import in_memory
 from dd_jax.evaluation import Settings
+
+warnings.simplefilter("error", DeprecationWarning)
+warnings.simplefilter("error", FutureWarning)
 
 class Net(nn.Module):
     @nn.compact
@@ -37,31 +41,41 @@ class Net(nn.Module):
         x = nn.Dropout(0.3, broadcast_dims=(0,), deterministic=not train, name="dropout")(x)
         return nn.Dense(4, name="fc")(x.reshape(len(x), -1))
 
-random = np.random.default_rng(0)
 model, optimizer = Net(), training.make_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-3)
 defense = defenses.make_defense("deep_defense_fgsm", penalty_weight=1.0, correct_scale=2.0, wrong_scale=1.0, num_steps=2)
-step = training.make_train_step(model, optimizer, defense, accumulation_steps=arguments.get("accumulation_steps", 1))
-state = parallel.replicate(training.initial_state(model, optimizer, (5, 5, 2), 0))
-for i in range(5):
-    size = 13 if i == 4 else 16  # The last one is ragged.
-    batch = {{"image": random.normal(size=(size, 5, 5, 2)).astype(np.float32),
-             "label": random.integers(0, 4, size).astype(np.int32), "mask": np.ones(size, np.float32)}}
-    state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
-    jax.block_until_ready(state)
 apply = lambda variables, x: model.apply(variables, x)
-whole = in_memory(batch["image"], batch["label"])
-shares = whole._replace(batches=lambda *sizes: (parallel.share_of(part) for part in whole.batches(*sizes)))
 options = dict(batch_size=8, settings=Settings(num_steps=5), show_progress=False,
     to_images=lambda x: (x[..., :1].repeat(3, 1).repeat(3, 2) + 3) / 6)
-measure = lambda examples, compile_fn: evaluation.Evaluator(
-    apply, examples, compile_fn=compile_fn, **options
-).measure({{"params": state.params}}, names=("deepfool", "pgd", "pass"))
-found, streamed = measure(whole, parallel.sums_and_rows), measure(shares, parallel.sums_over_shares)
-assert found.keys() == streamed.keys() and all(np.isclose(found[name], streamed[name], rtol=1e-5) for name in found), streamed
-leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
+
+def run(mode):
+    random = np.random.default_rng(0)
+    step = training.make_train_step(model, optimizer, defense, parallel_mode=mode,
+                                    accumulation_steps=arguments.get("accumulation_steps", 1))
+    state = parallel.replicate(training.initial_state(model, optimizer, (5, 5, 2), 0))
+    for i in range(5):
+        size = 13 if i == 4 else 16  # The last one is ragged.
+        batch = {{"image": random.normal(size=(size, 5, 5, 2)).astype(np.float32),
+                 "label": random.integers(0, 4, size).astype(np.int32), "mask": np.ones(size, np.float32)}}
+        state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
+        jax.block_until_ready(state)
+    whole = in_memory(batch["image"], batch["label"])
+    shares = whole._replace(batches=lambda *sizes: (parallel.share_of(part) for part in whole.batches(*sizes)))
+    # The weights as training leaves them, and as a checkpoint gives them.
+    states = state.params, jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), state.params)
+    found, streamed = (
+        evaluation.Evaluator(apply, examples, compile_fn=partial(compile_fn, mode=mode), **options)
+        .measure({{"params": params}}, names=("deepfool", "pgd", "pass"))
+        for examples, compile_fn, params in ((whole, parallel.sums_and_rows, states[0]),
+                                             (shares, parallel.sums_over_shares, states[1]))
+    )
+    assert found.keys() == streamed.keys() and all(np.isclose(found[name], streamed[name], rtol=1e-5) for name in found), streamed
+    leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
+    return {{"params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
+            "streamed": streamed, "devices": parallel.num_devices()}}
+
+by_mode = {{mode: run(mode) for mode in arguments.get("modes", ["auto"])}}
 if parallel.is_primary():
-    print(json.dumps({{"params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
-                      "devices": parallel.num_devices()}}))
+    print(json.dumps(by_mode))
 """
 
 ENDING = """
@@ -128,8 +142,11 @@ def free_port():
 
 def together(tmp_path):
     both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2)
-    processes = [start(tmp_path, 2, **both, process_id=i) for i in range(2)]
+    processes = [start(tmp_path, 2, **both, process_id=i, modes=MODES) for i in range(2)]
     return [result(process) for process in processes]
+
+
+MODES = ["pmap", "shard_map"]
 
 
 def assert_same(actual, wanted):
@@ -148,17 +165,25 @@ def assert_same(actual, wanted):
         np.testing.assert_allclose(actual["found"][name], value, rtol=1e-3, err_msg=name)
 
 
-def test_devices_processes_and_parts_change_nothing(tmp_path):
+def test_devices_processes_parts_and_modes_change_nothing(tmp_path):
     """Five steps with dropout, the last on a ragged batch, and a measurement whose last batch is
-    ragged too.
+    ragged too. pmap and shard_map give the same bits, and neither gives a DeprecationWarning.
     """
-    one = result(start(tmp_path, 1))
-    four = result(start(tmp_path, 4))
-    in_parts = result(start(tmp_path, 2, accumulation_steps=3))
-    first, second = together(tmp_path)
-    assert [x["devices"] for x in (one, four, in_parts, first)] == [1, 4, 2, 4] and second is None
-    for other in (four, in_parts, first):
+    one, four = (result(start(tmp_path, count, modes=MODES)) for count in (1, 4))
+    in_parts = result(start(tmp_path, 2, accumulation_steps=3))["auto"]
+    two_processes, nothing = together(tmp_path)
+    assert nothing is None
+    for by_mode in (one, four, two_processes):
+        assert by_mode["pmap"] == by_mode["shard_map"]
+    one, four, two_processes = (found["pmap"] for found in (one, four, two_processes))
+    assert [x["devices"] for x in (one, four, in_parts, two_processes)] == [1, 4, 2, 4]
+    for other in (four, in_parts, two_processes):
         assert_same(other, one)
+
+
+def test_an_unknown_mode_is_refused_with_the_known_ones(unchecked):
+    with pytest.raises(ValueError, match="mode is 'vmap'; it must be one of auto, pmap, shard_map"):
+        parallel.on_all_devices(lambda state, batch: state, mode="vmap")
 
 
 def test_processes_end_together_when_one_is_asked_and_when_one_fails(tmp_path):
