@@ -9,7 +9,9 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
+
+from dd_jax.types import RandomKeys
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -145,16 +147,65 @@ def _lower_to_l1_ball(
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - per_example(jnp.maximum(threshold, 0), x), 0)
 
 
+def project_within(
+    x: Float[Array, "batch ..."],
+    radius: Float[Array, " batch"],
+    inputs: Float[Array, "batch ..."],
+    bounds: Bounds | None,
+) -> Float[Array, "batch ..."]:
+    """The point nearest to x in l2 with ||x||_1 <= radius and inputs + x within the bounds.
+
+    That is sign(x) * clip(|x| - t, 0, r) with r the room that the bounds leave in the direction of
+    x, and the smallest t >= 0 that leads into the ball; a bisection finds t up to rounding, from
+    outside the ball never. Projecting to the ball and then to the bounds would leave a smaller
+    perturbation than the ball allows (Croce and Hein, ICML 2021).
+    """
+    size = jnp.abs(x)
+    room = jnp.abs(stay_within(jnp.where(x > 0, jnp.inf, -jnp.inf), inputs, bounds))
+    room = jnp.minimum(room, jnp.where(x == 0, 0, size))
+    radius = radius * (1 - math.prod(x.shape[1:]) ** 0.5 * jnp.finfo(x.dtype).eps)
+    lowered = lambda t: jnp.minimum(jnp.maximum(size - per_example(t, x), 0), room)
+
+    inside = lambda t: lp_norm(lowered(t), "l1") <= radius
+    return jnp.sign(x) * lowered(_least(inside, lp_norm(x, "linf")))
+
+
+def _least(
+    holds: Callable[[Float[Array, " batch"]], Bool[Array, " batch"]],
+    largest: Float[Array, " batch"],
+) -> Float[Array, " batch"]:
+    """The least t from 0 to the largest at which a condition holds that holds from there on; up to
+    rounding, never less.
+    """
+
+    def halve(_: Array | int, between: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = between
+        middle = (low + high) / 2
+        return jnp.where(holds(middle), low, middle), jnp.where(holds(middle), middle, high)
+
+    zeros, num_halvings = jnp.zeros_like(largest), jnp.finfo(largest.dtype).nmant + 8
+    _, least = jax.lax.fori_loop(0, num_halvings, halve, (zeros, largest))
+    return jnp.where(holds(zeros), 0, least)
+
+
+def has_key_per_example(key: RandomKeys) -> bool:
+    """Whether these are several random keys, and not one for all examples."""
+    return jnp.ndim(key) > (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
+
+
 def sample_in_ball(
-    key: PRNGKeyArray, like: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
+    key: RandomKeys, like: Float[Array, "batch ..."], radius: Float[Array, " batch"], norm: Norm
 ) -> Float[Array, "batch ..."]:
     """A point per example, uniform in the l2 or linf ball of that radius around zero, in the shape
     and dtype of `like`.
 
-    With JAX's default generator it depends on the key and the example's place in the batch, not on
-    the batch's size.
+    With one key for all, and JAX's default generator, it depends on the key and the example's place
+    in the batch, not on the batch's size. With a key per example it depends on that alone.
     """
     check_norm(norm)
+    if has_key_per_example(key):
+        one = lambda key, x, r: sample_in_ball(key, x[None], r[None], norm)[0]
+        return jax.vmap(one)(key, like, radius)
     if norm == "linf":
         unit = jax.random.uniform(key, like.shape, like.dtype, -1, 1)
     else:
