@@ -106,7 +106,8 @@ class _NoBar:
     """Counts, and shows nothing."""
 
     def __init__(self, total: int) -> None:
-        self.n, self.total = 0, total
+        self.n: float = 0
+        self.total: float = total
 
     def update(self, n: float = 1) -> None:
         self.n += n

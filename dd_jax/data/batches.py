@@ -11,14 +11,14 @@ published figures depend bitwise on it.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Float, Int32, Shaped
 
 Images = Shaped[np.ndarray, "n h w c"]
 Labels = Int32[np.ndarray, " n"]
-Batch = Mapping[str, np.ndarray | Array]
+Batch = Mapping[str, Any]
 """Arrays "image", "label" and "mask" with the same number of rows: of NumPy outside `jit`, of JAX
 within it.
 """
@@ -193,9 +193,9 @@ class Examples(NamedTuple):
       limits: the least and the greatest value of an input.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # in place of a tuple's method
     shape: tuple[int, ...]
-    batches: Callable[[int, int], Iterable[Mapping[str, np.ndarray]]]
+    batches: Callable[[int, int], Iterable[Batch]]
     limits: tuple[float, float]
 
 

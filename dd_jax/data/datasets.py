@@ -108,7 +108,7 @@ def load(
         directory = _find_or_download(name, data_directory(data_dir), download)
         splits, source = _read_tfds(name, directory, limits, progress), f"TFDS {directory.name}"
     fitted = {
-        split: _fit_images(part.images, tuple(image_shape), pad=entry.on_black)
+        split: _fit_images(part.images, image_shape, pad=entry.on_black)
         for split, part in splits.items()
     }
     _, change = fitted["test"]

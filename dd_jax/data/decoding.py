@@ -9,11 +9,16 @@ Pillow's pixels may differ from those of other decoders by about one gray level.
 """
 
 import io
+import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from dd_jax import extras
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -67,16 +72,16 @@ def resized(encoded: bytes, short_side: int = 256, interpolation: str = "bilinea
             width, height = image.size
             shorter = min(width, height)
             size = (short_side * width // shorter, short_side * height // shorter)
-            if size[0] * size[1] > PIL.Image.MAX_IMAGE_PIXELS:
+            if size[0] * size[1] > (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
                 raise DecodeError(
                     f"an image of {width}x{height} pixels, which is too long for its width"
                 )
             if image.format == "JPEG":
                 image.draft(None, (DECODED_TO_WANTED * size[0], DECODED_TO_WANTED * size[1]))
-            image = _rgb(image)
-            if image.size != size:
-                image = image.resize(size, PIL.Image.Resampling[interpolation.upper()])
-            return np.array(image)
+            pixels = _rgb(image)
+            if pixels.size != size:
+                pixels = pixels.resize(size, PIL.Image.Resampling[interpolation.upper()])
+            return np.array(pixels)
     except MemoryError:
         raise  # a problem of the machine, not of the file
     except DecodeError:
@@ -121,7 +126,7 @@ def random_crop(
     return crop[:, ::-1] if random.random() < 0.5 and flip else crop
 
 
-def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
+def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """Converts an image of any mode but floating point."""
     with extras.needed("train"):
         import PIL.Image

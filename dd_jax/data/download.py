@@ -61,12 +61,13 @@ def download(name: str, data_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _download_of(name: str) -> Download:
-    if name not in DOWNLOADS:
+    files = DATA_SETS[name].download if name in DATA_SETS else None
+    if files is None:
         raise DataError(
             f"{name!r} cannot be downloaded: choose one of {', '.join(DOWNLOADS)} (digits needs no "
             "download, and other sets are prepared by TFDS itself)"
         )
-    return DATA_SETS[name].download
+    return files
 
 
 def _builder_class(name: str) -> type:

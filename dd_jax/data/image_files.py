@@ -122,6 +122,8 @@ def open_images(
             )
     if name == "imagenet2012":
         directory = _imagenet_directory(data_directory(data_dir))
+        train: FolderImages | TfdsImages
+        test: FolderImages | TfdsImages
         train, test = (TfdsImages(str(directory), split) for split in ("train", "validation"))
         num_classes, origin = train.num_classes, f"TFDS {directory.name}"
     else:
@@ -306,7 +308,8 @@ def _class_names(folder: Path) -> list[str]:
 
 def _listed(folder: Path, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the paths of the images in a folder, sorted within each class, and their labels."""
-    paths, labels = [], []
+    paths: list[bytes] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
         found = [
             os.path.relpath(os.path.join(place, file), folder)

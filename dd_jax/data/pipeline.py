@@ -131,8 +131,9 @@ class Streamed(NamedTuple):
         """Returns a context that gives the batch of any step, this process's share of it. Batches
         that are asked for in order are prepared ahead.
         """
-        options = dict(batch_size=batch_size, num_steps=num_steps, seed=seed, flip=self.flip)
-        return data.training_stream(self.data.train, **options, **self._options())
+        options = self._options() | {"flip": self.flip, "seed": seed}
+        options |= {"batch_size": batch_size, "num_steps": num_steps}
+        return data.training_stream(self.data.train, **options)
 
     def test_examples(self) -> Examples:
         """Returns the test examples, the centers of the images. Every process reads its own share
@@ -140,7 +141,7 @@ class Streamed(NamedTuple):
         """
 
         def batches(count: int, batch_size: int) -> Iterator[Batch]:
-            images = dataclasses.replace(self.data.test, limit=count)
+            images = dataclasses.replace(self.data.test, limit=count)  # type: ignore[type-var]
             _, num_processes = parallel.my_share()
             batch_size += -batch_size % num_processes
             with data.evaluation_stream(images, batch_size=batch_size, **self._options()) as stream:

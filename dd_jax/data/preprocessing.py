@@ -139,6 +139,7 @@ class Preprocessing(NamedTuple):
             return _by_color(
                 np.divide, _by_color(np.subtract, images, TORCHVISION_MEAN), TORCHVISION_DEVIATION
             )
+        assert self.mean_image is not None  # Fitted, as the name says.
         if self.name == "mean_image":
             return images - self.mean_image
         levels = _normalized_contrast(images, self.mean_image)[0] * self.mean_contrast
@@ -221,7 +222,9 @@ def bounds(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray] | None
     if preprocessing.name == "none":
         return np.asarray(np.float32(0)), np.asarray(np.float32(1))
     if preprocessing.name in UNFITTED:
-        return tuple(preprocessing(np.full((1, 1, 1, 3), level, np.uint8)) for level in (0, 255))
+        black, white = (np.full((1, 1, 1, 3), level, np.uint8) for level in (0, 255))
+        return preprocessing(black), preprocessing(white)
+    assert preprocessing.mean_image is not None  # Fitted, as the name says.
     mean_image = preprocessing.mean_image[None]
     return (0 - mean_image) / PIXEL_SCALE, (PIXEL_SCALE - mean_image) / PIXEL_SCALE
 
@@ -234,8 +237,9 @@ def value_of_black(preprocessing: Preprocessing) -> np.ndarray:
     padding inputs equals padding the images with black. "mean_image" has no mean outside the image,
     and "contrast_whiten" mixes the pixels; both give 0, the value of the mean training image.
     """
-    if preprocessing.name in UNFITTED:
-        return bounds(preprocessing)[0]
+    limits = bounds(preprocessing) if preprocessing.name in UNFITTED else None
+    if limits is not None:
+        return limits[0]
     return np.zeros((), np.float32)
 
 

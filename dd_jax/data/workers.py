@@ -322,5 +322,6 @@ def _prepare_worker(worker: int, num_workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns also after kill -9 of the parent
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()  # returns also after kill -9 of the parent
+        os._exit(1)

@@ -240,16 +240,18 @@ class Evaluator:
             programs = measurement_programs(self._apply_fn, names, self.settings)
             self._compiled[names] = self._compile_fn(*programs)
         shared = {"variables": variables, "bounds": broadcast(bounds, examples.shape)}
-        total, sizes = None, []
+        total: metrics.Sums | None = None
+        sizes = []
         for i, batch in enumerate(self._batches(examples, description, show_progress)):
             key = random_key(self.settings, i)
             sums, rows = jax.device_get(self._compiled[names](shared | {"key": key}, batch))
             sums = jax.tree.map(np.float64, sums)
             if "pass" in names:
-                figures = sums.figures | sums_of_pass(rows, self._to_images)
+                figures = sums.figures | sums_of_pass(rows, check_pass(self._to_images))
                 sums = sums._replace(figures=figures)
             sizes.append(sizes_of(rows or {}))
             total = sums if total is None else metrics.add(total, sums)
+        assert total is not None  # `limited` refuses to measure nothing.
         return metrics.summarize(total) | curves_of(sizes)
 
     def _batches(
@@ -294,8 +296,10 @@ def batches(
             bar.update(min(batch_size, bar.total - bar.n))
 
 
-def check_pass(to_images: ToImages | None) -> None:
-    """ValueError or MissingPackageError where PASS cannot be measured, before hours of others."""
+def check_pass(to_images: ToImages | None) -> ToImages:
+    """`to_images`; ValueError or MissingPackageError where PASS cannot be measured, before hours of
+    others.
+    """
     if to_images is None:
         raise ValueError(
             "PASS compares images, and whitened inputs are none: give to_images, or leave 'pass' "
@@ -303,23 +307,23 @@ def check_pass(to_images: ToImages | None) -> None:
         )
     import dd_jax.evaluation.pass_score  # noqa: F401
 
+    return to_images
+
 
 def sums_of_pass(rows: Rows, to_images: ToImages) -> dict[str, np.float64]:
     """The sums of PASS, and of how many could not be aligned, over the rows whose mask is 1."""
     from dd_jax.evaluation.pass_score import pass_scores
 
-    counts = rows["mask"] > 0
-    inputs = rows["image"][counts]
-    scores, aligned = pass_scores(
-        to_images(inputs), to_images(inputs + rows["perturbation"][counts])
-    )
+    counts = np.asarray(rows["mask"]) > 0
+    inputs, perturbation = (np.asarray(rows[name])[counts] for name in ("image", "perturbation"))
+    scores, aligned = pass_scores(to_images(inputs), to_images(inputs + perturbation))
     return {"pass": np.sum(scores), "pass_unaligned": np.float64(np.sum(~aligned))}
 
 
 def sizes_of(rows: Rows) -> dict[str, np.ndarray]:
     """By measurement, the sizes for its robustness curve, of the rows whose mask is 1."""
     return {
-        name.removeprefix(SIZE): values[rows["mask"] > 0]
+        name.removeprefix(SIZE): np.asarray(values)[np.asarray(rows["mask"]) > 0]
         for name, values in rows.items()
         if name.startswith(SIZE)
     }

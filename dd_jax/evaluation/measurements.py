@@ -73,7 +73,7 @@ class FgsmAttack(NamedTuple):
     direction: Float[Array, "batch ..."]
 
 
-Found = dict[str, AttackResult | FgsmAttack]
+Found = dict[str, Any]
 """The results of the attacks, by the name of the measurement."""
 
 
@@ -238,7 +238,7 @@ def attack_by_pgd(problem: Problem, settings: Settings) -> AttackResult:
 def judge_pgd(case: Case, settings: Settings) -> Judged:
     """Which examples are still classified rightly under PGD (linf)."""
     (logits_fn, inputs, labels, bounds, _), attack = case.problem, case.found["pgd"]
-    limits = dict(bounds=bounds, epsilon=settings.pgd_epsilon, norm="linf")
+    limits: dict[str, Any] = dict(bounds=bounds, epsilon=settings.pgd_epsilon, norm="linf")
     fooled = is_fooled(logits_fn, inputs, attack.perturbation, labels, **limits)
     figures = {"accuracy_pgd": ~fooled & (case.predicted == labels)}
     return Judged(figures, {"pgd": fooled != attack.success}, {})
@@ -249,7 +249,7 @@ def attack_by_carlini_wagner(problem: Problem, settings: Settings) -> AttackResu
     return carlini_wagner_l2(
         problem.logits_fn,
         problem.inputs,
-        bounds=problem.bounds,
+        bounds=problem.bounds,  # type: ignore[arg-type]  # None is refused there.
         num_steps=settings.carlini_wagner_num_steps,
         learning_rate=settings.carlini_wagner_learning_rate,
         num_binary_search_steps=settings.carlini_wagner_num_binary_search_steps,
@@ -276,13 +276,15 @@ MINIMUM_NORM: dict[str, LpNorm] = {"ddn": "l2", "fmn_linf": "linf", "fmn_l1": "l
 
 def attack_by_ddn(problem: Problem, settings: Settings) -> AttackResult:
     """DDN (l2) away from the predicted class."""
-    options = dict(num_steps=settings.minimum_norm_num_steps, bounds=problem.bounds)
+    options: dict[str, Any] = dict(bounds=problem.bounds)
+    options["num_steps"] = settings.minimum_norm_num_steps
     return ddn(problem.logits_fn, problem.inputs, **options)
 
 
 def attack_by_fmn(norm: LpNorm, problem: Problem, settings: Settings) -> AttackResult:
     """FMN away from the predicted class."""
-    options = dict(num_steps=settings.minimum_norm_num_steps, bounds=problem.bounds)
+    options: dict[str, Any] = dict(bounds=problem.bounds)
+    options["num_steps"] = settings.minimum_norm_num_steps
     return fmn(problem.logits_fn, problem.inputs, norm=norm, **options)
 
 

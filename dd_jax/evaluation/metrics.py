@@ -85,7 +85,7 @@ def judge(problem: Problem, found: Found, *, settings: Settings) -> Judged:
 
 def sum_up(judged: Judged, mask: Float[Array | np.ndarray, " batch"]) -> Sums:
     """Sums over the examples whose mask is 1. Those with mask 0 are ignored, even if NaN."""
-    counts = lambda values: per_example(mask > 0, values)
+    counts = lambda values: per_example(jnp.asarray(mask) > 0, values)
     figures, disagreements = jax.tree.map(
         lambda x: jnp.sum(jnp.where(counts(x), x, 0), axis=0),
         (judged.figures, judged.disagreements),

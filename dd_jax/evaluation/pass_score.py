@@ -64,7 +64,7 @@ def pass_scores(
     for i, (image, other) in enumerate(zip(images, adversarial, strict=True)):
         warped = align(image, other)
         aligned[i] = warped is not None
-        scores[i] = similarity(image, warped if aligned[i] else other)
+        scores[i] = similarity(image, other if warped is None else warped)
     return scores, aligned
 
 
@@ -80,28 +80,29 @@ def align(
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, MOST_ITERATIONS, LEAST_INCREASE)
     identity = np.eye(3, dtype=np.float32)
     try:
-        correlation, homography = cv2.findTransformECC(
-            gray(image), gray(other), identity, cv2.MOTION_HOMOGRAPHY, criteria, None, SMOOTHING
+        pair = gray(image), gray(other)
+        correlation, homography = cv2.findTransformECC(  # type: ignore[call-overload]
+            *pair, identity, cv2.MOTION_HOMOGRAPHY, criteria, None, SMOOTHING
         )
     except cv2.error:
         return None
     if not (np.isfinite(correlation) and np.isfinite(homography).all()):
         return None
-    options = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
-    warped = cv2.warpPerspective(np.float32(other), homography, (width, height), **options).reshape(
-        image.shape
-    )
+    warped = cv2.warpPerspective(
+        other.astype(np.float32),
+        homography,
+        (width, height),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    ).reshape(image.shape)
     before, after = (cv2.computeECC(gray(image), gray(moved)) for moved in (other, warped))
     return warped if after >= before - MOST_LOST else None
 
 
 def gray(image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w"]:
     """The brightness of an image, float32; of a colored one by the weights of ITU-R BT.601."""
-    return (
-        np.float32(image[..., 0])
-        if image.shape[-1] == 1
-        else cv2.cvtColor(np.float32(image), cv2.COLOR_RGB2GRAY)
-    )
+    floats = image.astype(np.float32)
+    return floats[..., 0] if image.shape[-1] == 1 else cv2.cvtColor(floats, cv2.COLOR_RGB2GRAY)
 
 
 def similarity(image: Float[np.ndarray, "h w c"], other: Float[np.ndarray, "h w c"]) -> float:

@@ -62,11 +62,11 @@ def measurement_programs(
 
     def judge(shared: Shared, batch: Batch, found: Found) -> tuple[Sums, Rows | None]:
         judged = metrics.judge(problem(shared, batch), found, settings=settings)
-        rows = {f"{SIZE}{name}": sizes for name, sizes in judged.sizes.items()}
+        rows: Rows = {f"{SIZE}{name}": sizes for name, sizes in judged.sizes.items()}
         if "pass" in names:
             rows |= {"image": batch["image"], "perturbation": found["deepfool"].perturbation}
-        rows = {"mask": batch["mask"]} | rows if rows else None
-        return metrics.sum_up(judged, batch["mask"]), rows
+        sums = metrics.sum_up(judged, batch["mask"])
+        return sums, {"mask": batch["mask"]} | rows if rows else None
 
     return attack, judge
 
