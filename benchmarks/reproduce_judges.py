@@ -56,7 +56,7 @@ SIZE, ACCURACY = 0.02, 0.005  # What the two libraries may differ by.
 CLASSES, DEEPFOOL_STEPS, DDN_STEPS = 10, 50, 100
 CARLINI_WAGNER_STEPS, CARLINI_WAGNER_RUNS = 200, 5  # Ours.
 # foolbox's starts far from the boundary and does not scale its steps: it needs more.
-THEIR_STEPS, THEIR_RUNS, THEIR_STEP_SIZE, THEIR_CONSTANT = 500, 9, 0.01, 1e-1
+THEIR_STEPS, THEIR_RUNS, THEIR_STEP_SIZE, THEIR_CONSTANT = 300, 7, 0.02, 1e-1
 
 
 class Problem(NamedTuple):
