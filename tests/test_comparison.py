@@ -4,6 +4,7 @@ drawn.
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -106,6 +107,10 @@ def test_the_table_holds_what_was_measured_in_the_paper_s_order(swept, compared)
         }
     assert found["deep_defense"]["accuracy_fgsm_1.0"] <= 0.5  # By its meaning.
     assert 0.5 < found["deep_defense"]["accuracy_fgsm_0.2"] <= found["deep_defense"]["accuracy"]
+    assert {"rho_2 DDN", "l_2 DDN", "rho_inf FMN", "l_inf FMN", "l_1 FMN"} < set(
+        re.split(r"\s{2,}", lines[0])
+    )
+    assert found["deep_defense"]["fmn_l1_curve"]["num_examples"] == 4
     assert f"epsilon_ref = {measured['defended']['epsilon_half']:.4g}, where half" in table
     assert "40 test images (C&W: the first 3; DDN, FMN: the first 4) of digits" in table
     assert (out / "table.md").read_text().count("\n| ") == 4
@@ -115,6 +120,7 @@ def test_all_of_the_paper_s_figures_are_drawn(compared):
     out, _, _ = compared
     names = (
         "success_over_epsilon",
+        "robust_accuracy_over_epsilon",
         "robustness_over_accuracy",
         "fooling_examples",
         "training_over_epochs",

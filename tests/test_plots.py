@@ -10,7 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import skimage.color
+from matplotlib.text import Text
 
+from dd_jax.results import curves as robustness
 from dd_jax.results import plots
 from dd_jax.results._styles import LABELS, LOOKS, STYLE, legend_names
 
@@ -81,8 +83,23 @@ LINES = [
         "test": {"accuracy": 0.75, "rho_l2": 0.2, "l2": 2.0},
     },
 ]
+SIZES = np.geomspace(0.2, 3, 60)
+ROBUST = {
+    norm: {
+        name: robustness.line(
+            robustness.Curve("DDN", norm, 100, 2 + i, SIZES * scale * (1 + i / 9))
+        )
+        for i, name in enumerate(METHODS)
+    }
+    for norm, scale in (("l1", 9), ("l2", 1), ("linf", 0.1))
+}
+BY_AUTOATTACK = {
+    "linf": {name: [(0.1, 0.7), (0.05, 0.9)] for name in METHODS},
+    "l2": {"clean": [(1.0, 0.5)]},
+}
 CASES = {
     "success_over_epsilon": ((SUCCESS,), {}),
+    "robust_accuracy_over_epsilon": ((ROBUST,), {"points": BY_AUTOATTACK}),
     "robustness_over_accuracy": ((TRADE,), {}),
     "fooling_examples": ((IMAGE, EXAMPLES), {"label": 0}),
     "training_over_epochs": ((HISTORIES,), {}),
@@ -92,6 +109,10 @@ HARD_CASES = {
     "success_over_epsilon": (
         ({LONG: ([0, 1], [0, 1]), **{f"{LONG} {i}": ([0, 1], [0, 0.5]) for i in range(12)}},),
         {},
+    ),
+    "robust_accuracy_over_epsilon": (
+        ({"l2": {LONG: ([0, 0.5], [1, None]), "clean": ([], []), "mma": ([0, 9], [1, 1])}},),
+        {"points": {"l2": {"mma": [(0.5, 0.0)]}}, "unit": "of whitened inputs"},
     ),
     "robustness_over_accuracy": (
         ({"deep_defense": [(1.0, 0.1, 1e-7)], "clean": [], LONG: [(0.9, 0.2, 1)]},),
@@ -169,7 +190,9 @@ def test_nothing_is_cut_off_and_legends_cover_no_data(name, cases):
     for legend in figure.legends:
         assert not legend.get_window_extent().count_overlaps(boxes)
     assert all(axes.bbox.width > 40 and axes.bbox.height > 40 for axes in figure.axes)
-    assert name == "fooling_examples" or all(axes.get_ylabel() for axes in figure.axes)
+    # Panels of robust accuracy share their axis.
+    named = figure.axes[:1] if name == "robust_accuracy_over_epsilon" else figure.axes
+    assert name == "fooling_examples" or all(axes.get_ylabel() for axes in named)
 
 
 def test_methods_have_readable_names_and_are_told_apart_without_color():
@@ -241,8 +264,9 @@ def test_the_caller_names_methods_and_strengths():
         plots.success_over_epsilon_figure(curves, labels=labels),
         plots.robustness_over_accuracy_figure(points, labels=labels, strength_symbols=symbols),
     )
-    assert [legend_texts(figure) for figure in figures] == [expected] * 3
-    assert {note.get_text() for note in figures[2].axes[0].texts} == {"beta = 2", "2"}
+    assert [legend_texts(figure) for figure in figures[:2]] == [expected] * 2
+    texts = [note.get_text().strip() for note in figures[2].axes[0].texts]
+    assert sorted(texts) == sorted([*expected, "beta = 2", "2", "2"])
     examples = [plots.Example(name, IMAGE, 1, 0.1) for name in histories]
     panels = plots.fooling_examples_figure(IMAGE, examples, labels=labels)
     assert [axes.get_title().strip() for axes in panels.axes] == ["Original", *expected]
@@ -300,7 +324,9 @@ def test_robustness_over_accuracy_connects_what_was_swept_in_order():
         data_of(axes)["Deep Defense"], [(98.1, 0.2), (98.3, 0.16), (98.4, 0.13)]
     )
     notes = {note.get_text(): note.xy for note in axes.texts}
-    assert set(notes) == {"$c$ = 5", "$c$ = 25", r"$\epsilon$ = 0.05", r"$\epsilon$ = 0.1"}
+    strengths = {"$c$ = 5", "$c$ = 25", r"$\epsilon$ = 0.05", r"$\epsilon$ = 0.1"}
+    names = {"Reference", "Parseval", "Deep Defense", "Adv. Train II (FGSM)"}
+    assert set(notes) == strengths | names
     np.testing.assert_allclose(notes["$c$ = 25"], (98.4, 0.13))
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]
     np.testing.assert_allclose(star.get_xydata(), [(98.3, 0.11)])
@@ -309,29 +335,105 @@ def test_robustness_over_accuracy_connects_what_was_swept_in_order():
         {"a": [(0.9, 0.2, 7), (0.8, 0.1, None)]}, strength_symbols={"a": "beta"}
     )
     np.testing.assert_allclose(data_of(unknown.axes[0])["a"], [(90, 0.2), (80, 0.1)])
-    assert [note.get_text() for note in unknown.axes[0].texts] == ["beta = 7"]
+    assert [note.get_text() for note in unknown.axes[0].texts] == ["a", "beta = 7"]
 
 
-def test_notes_hide_no_point_and_no_other_note():
-    crowd = {
-        name: [(0.98 + 0.001 * i, 0.1 + 0.01 * i, 1), (0.99, 0.2 + 0.02 * i, 2)]
-        for i, name in enumerate(METHODS[3:7])
-    }
-    (axes,) = plots.robustness_over_accuracy_figure(crowd).axes
-    boxes = [note.get_window_extent() for note in axes.texts]
-    assert len(boxes) == 8
+def boxes_of(figure):
+    """The boxes of the texts in a figure's axes, without their leaders."""
+    figure.draw_without_rendering()
+    return [Text.get_window_extent(note) for note in figure.axes[0].texts]
+
+
+def assert_texts_stand_apart(figure, number):
+    """No text covers a marker or another text, or leaves the axes."""
+    (axes,), boxes = figure.axes, boxes_of(figure)
+    assert len(boxes) == number
     points = np.concatenate([axes.transData.transform(line.get_xydata()) for line in axes.lines])
     for index, box in enumerate(boxes):
-        assert not box.count_contains(points) and not box.count_overlaps(boxes[:index])
-        assert all(axes.bbox.contains(*corner) for corner in box.get_points())
+        text = axes.texts[index].get_text()
+        assert not box.count_contains(points), text
+        assert not box.count_overlaps(boxes[:index]), text
+        assert all(axes.bbox.contains(*corner) for corner in box.get_points()), text
 
 
-def test_notes_of_methods_at_the_same_point_stand_apart():
+# README's table: accuracy in percent, rho_2. Five of the ten defenses stand close together.
+TEN = {
+    "reference": (98.89, 0.1122),
+    "clean": (98.61, 0.1127),
+    "parseval": (98.61, 0.1289),
+    "adversarial_deepfool": (98.06, 0.1823),
+    "adversarial_fgsm": (98.61, 0.1748),
+    "deep_defense": (98.33, 0.1884),
+    "deep_defense_fgsm": (98.61, 0.1933),
+    "adversarial_pgd": (98.06, 0.1696),
+    "trades": (94.17, 0.1700),
+    "mma": (97.78, 0.1788),
+    "amm": (98.33, 0.1573),
+}
+LONG_NAMES = LABELS | {"adversarial_pgd": "Adv. Train (PGD)", "trades": "TRADES", "mma": "MMA"}
+
+
+def test_ten_defenses_are_named_beside_their_points():
+    points = {name: [(accuracy / 100, rho, None)] for name, (accuracy, rho) in TEN.items()}
+    figure = plots.robustness_over_accuracy_figure(points, labels=LONG_NAMES)
+    assert_texts_stand_apart(figure, 11)
+    texts = [" ".join(note.get_text().split()) for note in figure.axes[0].texts]
+    assert texts == [LONG_NAMES.get(name, name) for name in TEN] and not figure.legends
+    for note, (accuracy, rho) in zip(figure.axes[0].texts, TEN.values(), strict=True):
+        np.testing.assert_allclose(note.xy, (accuracy, rho), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_of_a_crowd_stand_apart(seed):
+    """Four methods are swept, so that strengths are beside their points, too."""
+    random = np.random.default_rng(seed)
+    points = {name: [(*random.uniform((0.97, 0.1), (0.99, 0.2)), None)] for name in METHODS}
+    for i, name in enumerate(("deep_defense", "adversarial_fgsm")):
+        points[name] = [(0.99 - 0.004 * x, 0.12 + 0.02 * x + 0.01 * i, x) for x in range(1, 5)]
+    figure = plots.robustness_over_accuracy_figure(points, labels=LONG_NAMES)
+    assert_texts_stand_apart(figure, 11 + 4)
+
+
+def test_texts_of_methods_at_the_same_point_stand_apart():
     together = {name: [(0.98, 0.1, 5)] for name in METHODS[:4]}
-    (axes,) = plots.robustness_over_accuracy_figure(together).axes
-    boxes = [note.get_window_extent() for note in axes.texts]
-    assert len(boxes) == 4
-    assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
+    assert_texts_stand_apart(plots.robustness_over_accuracy_figure(together), 8)
+
+
+def test_far_texts_have_a_line_to_their_point_and_near_ones_have_none():
+    crowd = {name: [(0.98, 0.1, None)] for name in METHODS}
+    figure = plots.robustness_over_accuracy_figure(crowd)
+    assert_texts_stand_apart(figure, 11)
+    far = [note.arrow_patch is not None for note in figure.axes[0].texts]
+    assert any(far) and not all(far)
+    center = figure.axes[0].transData.transform((98, 0.1))
+    for box, has_line in zip(boxes_of(figure), far, strict=True):
+        nearest = np.clip(center, box.min, box.max)
+        distance = np.hypot(*(nearest - center)) * 72 / figure.dpi
+        assert has_line or distance < 16
+
+
+def test_robust_accuracy_has_a_panel_per_norm_and_autoattack_s_points_on_the_curves():
+    curves = {
+        "linf": {"clean": ([0.2, 0.0, 0.1], [0.0, 0.98, 0.5])},
+        "l2": {"clean": ([0.0, 1.0], [0.98, 0.01]), "deep_defense": ([0.0, 3.0], [0.97, 0.02])},
+    }
+    points = {"l2": {"clean": [(0.5, 0.4), (1.0, 0.0)]}, "l1": {"mma": [(8.0, 0.3)]}}
+    figure = plots.robust_accuracy_over_epsilon_figure(curves, points=points, unit="a unit")
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        rf"$\ell_{norm}$ size $\epsilon$" + "\n(a unit)" for norm in ("2", r"\infty", "1")
+    ]
+    l2, linf, l1 = figure.axes
+    np.testing.assert_allclose(data_of(linf)["Clean"], [(0, 98), (0.1, 50), (0.2, 0)])
+    np.testing.assert_allclose(data_of(l2)["Deep Defense"], [(0, 97), (3, 2)])
+    of_autoattack = [line for line in l2.lines if line.get_gid()]
+    assert [line.get_gid() for line in of_autoattack] == ["Clean"]
+    np.testing.assert_allclose(of_autoattack[0].get_xydata(), [(0.5, 40), (1, 0)])
+    assert of_autoattack[0].get_linestyle() == "None" and of_autoattack[0].get_marker() != ""
+    assert legend_texts(figure) == ["Clean", "Deep Defense", "mma", "AutoAttack"]
+    assert "AutoAttack" not in legend_texts(plots.robust_accuracy_over_epsilon_figure(curves))
+    # The axes end where all curves have fallen, or at the last point.
+    ends = [axes.get_xlim()[1] for axes in figure.axes]
+    np.testing.assert_allclose(ends, [3 * 1.03, 0.2 * 1.03, 8 * 1.03])
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (12, 20, 3)])
@@ -435,6 +537,18 @@ def test_single_run_shows_one_stage_after_the_other():
             [{"clean": ([0.1], [50.0])}],
             "success rates are fractions, 0 to 1; got 50 for clean",
         ),
+        ("robust_accuracy_over_epsilon", [{}], "nothing to draw"),
+        ("robust_accuracy_over_epsilon", [{"l3": {}}], "no norm 'l3'; choose any of l2, linf, l1"),
+        (
+            "robust_accuracy_over_epsilon",
+            [{"l2": {"clean": ([0.1], [98.0])}}],
+            "accuracies are fractions, 0 to 1; got 98 for clean",
+        ),
+        (
+            "robust_accuracy_over_epsilon",
+            [{"l2": {"clean": ([0.1, 0.2], [0.5])}}],
+            "clean's curve must be two lists of equal length: epsilons and accuracies",
+        ),
         ("robustness_over_accuracy", [{}], "nothing to draw"),
         ("robustness_over_accuracy", [{"clean": [(0.9, 0.1)]}], "a point must be 3 numbers"),
         ("robustness_over_accuracy", [{"clean": [(98.3, 0.1, None)]}], "divide percent by 100"),
@@ -462,13 +576,18 @@ def test_errors_say_what_is_wrong_and_no_file_is_left(name, arguments, message, 
 
 
 def test_plots_need_neither_jax_nor_pyplot():
-    for name in ("plots", "_drawing", "_styles", "tables", "published"):
-        path = ROOT / "dd_jax" / "results" / f"{name}.py"
+    for path in (ROOT / "dd_jax" / "results").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         imported = [
             alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
         ]
-        imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        imported += [
+            f"{node.module}.{alias.name}"
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
         for module in imported:
             assert "pyplot" not in module and module.split(".")[0] != "jax"
-            assert module.split(".")[0] != "dd_jax" or module.startswith("dd_jax.results")
+            ours = module.startswith("dd_jax.results") or module == "dd_jax.extras"
+            assert module.split(".")[0] != "dd_jax" or ours

@@ -236,6 +236,52 @@ def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stand
     assert read_report(tmp_path).measured == more
 
 
+def test_a_report_from_before_a_measurement_had_options_keeps_its_figures(parts, tmp_path):
+    """The options' first values change nothing of what was measured; other values would."""
+    report = reporting.make_report(parts, MEASURED)
+    names = ("evaluation.minimum_norm_examples", "evaluation.minimum_norm_num_steps")
+    old = {name: value for name, value in report.config.items() if name not in names}
+    reports.write_report(report._replace(config=old), tmp_path)
+    facts = parts.facts._replace(config=report.config | dict(zip(names, (500, 1000), strict=True)))
+    there = parts._replace(workdir=tmp_path, facts=facts)
+    more = {stage: {"num_examples": 50, "accuracy": 0.5, "l2_ddn": 1.0} for stage in MEASURED}
+    whole, _ = reporting.add_to_report(there, reporting.make_report(there, more, names=("ddn",)))
+    assert whole.measured["defended"] == AFTER | {"accuracy": 0.5, "l2_ddn": 1.0}
+    reports.write_report(report._replace(config=old), tmp_path)
+    facts = facts._replace(config=facts.config | {names[1]: 20})
+    other = there._replace(facts=facts)
+    whole, _ = reporting.add_to_report(other, reporting.make_report(other, more, names=("ddn",)))
+    assert whole.measured == more
+
+
+def test_autoattack_s_results_add_up_and_are_measured_or_not(parts, tmp_path):
+    there = parts._replace(workdir=tmp_path)
+    entry = {"norm": "linf", "epsilon": 0.1, "version": "standard", "robust_accuracy": 0.5}
+    entries = [entry | {"epsilon": epsilon, "num_examples": 20} for epsilon in (0.1, 0.2)]
+    for each in entries:
+        measured = {stage: row | {"autoattack": [each]} for stage, row in MEASURED.items()}
+        whole, _ = reporting.add_to_report(there, reporting.make_report(there, measured))
+    assert (
+        whole.measured["reference"]["autoattack"]
+        == entries
+        == (read_report(tmp_path).measured["defended"]["autoattack"])
+    )
+    assert reports.has_figures(whole, DEFENDED, ("deepfool", "autoattack"))
+    assert not reports.has_figures(
+        reporting.make_report(parts, MEASURED), DEFENDED, ("autoattack",)
+    )
+    assert "acc. AA linf 0.2" in reports.table(whole)
+    assert reports.conditions(whole).startswith("50 test images (AutoAttack: the first 20) of")
+
+
+def test_which_attacks_were_given_fewer_images_is_said(parts):
+    fewer = {"carlini_wagner_examples": 20, "ddn_examples": 20, "fmn_linf_examples": 10}
+    measured = {stage: row | fewer | {"ddn_success": 1.0} for stage, row in MEASURED.items()}
+    said = reports.conditions(reporting.make_report(parts, measured))
+    assert said.startswith("50 test images (C&W, DDN: the first 20; FMN: the first 10) of")
+    assert "; DDN, FMN: 1000 steps; seed" in said
+
+
 def test_seeds_and_pgd_s_epsilon_are_said(parts):
     measured = {stage: row | {"accuracy_pgd": 0.5} for stage, row in MEASURED.items()}
     first = reporting.make_report(parts, measured)

@@ -37,7 +37,8 @@ from dd_jax.results.tables import (
 )
 
 LEADING = "deep_defense"  # Its epsilon of 50 % is the table's epsilon_ref.
-Names, Paths = Sequence[str], Sequence[pathlib.Path]
+Names = Sequence[str]
+Paths = Sequence[pathlib.Path]
 
 
 def measure_run(run: Run, *, names: Names | None = None, limit: int | None = None) -> str:
@@ -47,7 +48,7 @@ def measure_run(run: Run, *, names: Names | None = None, limit: int | None = Non
     report, path = add_to_report(run, measured_report(run, names=names, limit=limit))
     if not parallel.is_primary():
         return ""
-    drawn = draw_run(run.workdir, report)
+    drawn = draw_run(run.workdir, report, run.facts.input_unit)
     return f"\n{table(report)}\nwritten to {path}" + (f" and {drawn}" if drawn else "")
 
 
@@ -64,7 +65,8 @@ def checked_names(run: Run, names: Names | None) -> tuple[str, ...]:
     not allow.
     """
     allowed = all_names(run)
-    if refused := set(names or ()) - set(allowed):
+    refused = set(names or ()) - set(allowed)
+    if refused:
         raise ConfigurationError(
             f"{', '.join(refused)} cannot be measured of {run.workdir}, whose inputs are no images."
         )
@@ -82,7 +84,7 @@ def measured_report(run: Run, *, names: Names | None, limit: int | None) -> Repo
     # Before hours of measuring: are they there?
     states = {stage: restore_state(run, stage) for stage in stages}
     for stage, state in states.items():
-        options = dict(names=names, limit=limit, name=stage)
+        options: dict[str, Any] = dict(names=names, limit=limit, name=stage)
         measured[stage] = measure_state(run.evaluator, state, **options)
     return make_report(run, measured, names=names, limit=limit)
 
@@ -159,12 +161,15 @@ def _complete_report(run: Run, names: Names, limit: int | None) -> Report:
         print(f"measuring {run.workdir}", flush=True)
     measure_run(run, names=names, limit=limit)
     parallel.wait_for_all(f"measured {run.workdir}")
-    return read_report(run.workdir, limit)
+    report = read_report(run.workdir, limit)
+    assert report is not None  # Just written.
+    return report
 
 
 def table_of(nets: Sequence[Net], names: Names, limit: int | None) -> tuple[list[Row], list[str]]:
     """The rows of the comparison's table, and the sentences below it."""
-    more, text = [{} for _ in nets], ""
+    more: list[dict[str, float]] = [{} for _ in nets]
+    text = ""
     if "fgsm" in names:
         more, text = fgsm_accuracies(nets, limit)
     published = nets[0].run.facts.published
@@ -237,7 +242,7 @@ def fgsm_accuracies(nets: Sequence[Net], limit: int | None) -> tuple[list[dict[s
     epsilons, found = [epsilon * fraction for fraction in FGSM_FRACTIONS], []
     for net in nets:
         variables = variables_of(restore_state(net.run, net.stage))
-        options = dict(limit=limit, description=f"{net.label:9} under FGSM")
+        options: dict[str, Any] = dict(limit=limit, description=f"{net.label:9} under FGSM")
         options["show_progress"] = parallel.is_primary()
         values = net.run.evaluator.fgsm_accuracy(variables, epsilons, **options)
         found.append({fgsm_name(x): value for x, value in zip(FGSM_FRACTIONS, values, strict=True)})

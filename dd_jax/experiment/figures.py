@@ -1,7 +1,7 @@
 """The paper's Figures 5 to 8, and a run's curves, from the runs that hold what they show."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from dd_jax import data, defenses, log
 from dd_jax.experiment.build import Run, restore_state
 from dd_jax.experiment.measuring import variables_of
+from dd_jax.results import curves as robustness
 from dd_jax.results import plots
 from dd_jax.results.report import DEFENDED, Report, rows
 
@@ -16,6 +17,8 @@ LABELS = {name: defense.label for name, defense in defenses.DEFENSES.items()}
 SYMBOLS = {name: defense.swept_symbol for name, defense in defenses.DEFENSES.items()}
 # Figure 7 shows a 0, the first that all nets classify rightly, among so many images.
 EXAMPLE_CANDIDATES, EXAMPLE_LABEL = 200, 0
+Measured = Mapping[str, Mapping[str, Any]]
+"""The figures of each net."""
 Examples = tuple[np.ndarray, list[plots.Example], str]
 """An image, the examples that fool the nets, and the image's class."""
 
@@ -35,17 +38,21 @@ class Net(NamedTuple):
         return self.report.measured[self.stage]
 
 
-def draw_run(workdir: pathlib.Path, report: Report) -> pathlib.Path | None:
-    """Draws one run's curves into its plots/; None where there is nothing to draw."""
+def draw_run(workdir: pathlib.Path, report: Report, unit: str) -> pathlib.Path | None:
+    """Draws one run's curves into its plots/; None where there is nothing to draw. `unit`: of
+    epsilon.
+    """
     folder, lines = workdir / "plots", list(log.read_lines(workdir))
     measured = {row.label: row.measured for row in rows(report)}
     curves = _curves(measured)
     trained = any("loss" in line or "test" in line for line in lines)
     if trained:
         plots.single_run(folder, lines)
+    labels = _legend_labels(list(measured))
     if curves:
-        plots.success_over_epsilon(folder, curves, labels=_legend_labels(list(curves)))
-    return folder if trained or curves else None
+        plots.success_over_epsilon(folder, curves, unit=unit, labels=labels)
+    is_robust = _draw_robust_accuracies(folder, measured, unit=unit, labels=labels)
+    return folder if trained or curves or is_robust else None
 
 
 def _legend_labels(names: Sequence[str]) -> dict[str, str]:
@@ -53,7 +60,7 @@ def _legend_labels(names: Sequence[str]) -> dict[str, str]:
     return {"reference": "Reference"} | {name: LABELS[name] for name in names if name in LABELS}
 
 
-def _curves(measured: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+def _curves(measured: Measured) -> dict[str, tuple[list[float], list[float]]]:
     """Epsilons and success rates of the nets whose FGSM curve was measured."""
     pair = lambda curve: (curve["epsilons"], curve["success"])
     return {
@@ -63,12 +70,28 @@ def _curves(measured: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float],
     }
 
 
+def _draw_robust_accuracies(folder: pathlib.Path, measured: Measured, **options: Any) -> bool:
+    """Draws robust accuracy over epsilon; whether any net has a curve, or a point by AutoAttack."""
+    curves: dict[str, dict[str, Any]] = {}
+    points: dict[str, dict[str, list]] = {}
+    for label, figures in measured.items():
+        for norm, curve in robustness.curves(figures).items():
+            curves.setdefault(norm, {})[label] = robustness.line(curve)
+        for norm, epsilon, _, accuracy, _ in robustness.points(figures):
+            points.setdefault(norm, {}).setdefault(label, []).append((epsilon, accuracy))
+    if curves or points:
+        plots.robust_accuracy_over_epsilon(folder, curves, points=points, **options)
+    return bool(curves or points)
+
+
 def draw_comparison(nets: Sequence[Net], out: pathlib.Path, found: Examples | None) -> None:
     """Figures 5 to 8, as far as the runs hold what they show; `found`: `fooling_examples(nets)`."""
     labels = _legend_labels([net.label for net in nets])
-    if curves := _curves({net.label: net.measured for net in nets}):
-        unit = nets[0].run.facts.input_unit
+    measured = {net.label: net.measured for net in nets}
+    unit = nets[0].run.facts.input_unit
+    if curves := _curves(measured):
         plots.success_over_epsilon(out, curves, unit=unit, labels=labels)
+    _draw_robust_accuracies(out, measured, unit=unit, labels=labels)
     if points := strengths(nets):
         options = dict(strength_symbols=SYMBOLS, labels=labels)
         plots.robustness_over_accuracy(out, points, **options)

@@ -1,21 +1,16 @@
-"""The parts that figures share: arrays of points, lines, legends, notes beside points, files."""
+"""The parts that figures share: arrays of points, lines, legends, files."""
 
 import math
 import pathlib
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
-import matplotlib.colors
-import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
 
 from dd_jax.results._styles import Look, style
 
@@ -29,9 +24,6 @@ MOST_MARKERS = 8  # A line with more than 1.5 times as many points has markers a
 LONGEST_LABEL = 44  # Characters in a line of the legend.
 MOST_LEGEND_COLUMNS = 4
 FILLED_MARKERS = ".xXP*"  # Others are white inside.
-# The directions and distances (in points) of a note from its point.
-DISTANCES = (5, 9, 14)
-DIRECTIONS = [(x, y) for x in (1, 0, -1) for y in (1, 0, -1) if x or y]
 
 
 def table(rows: Points, width: int) -> np.ndarray:
@@ -48,6 +40,16 @@ def table(rows: Points, width: int) -> np.ndarray:
         )
     values = np.array(rows, dtype=float).reshape(-1, width)
     return np.where(np.isfinite(values), values, np.nan)
+
+
+def pairs(name: str, curve: Sequence[Numbers], what: str) -> np.ndarray:
+    """Two lists of equal length as points (points, 2); see `table`.
+
+    `what`: the two lists in words, for the ValueError if their lengths differ.
+    """
+    if len(curve) != 2 or len(curve[0]) != len(curve[1]):
+        raise ValueError(f"{name}'s curve must be two lists of equal length: {what}.")
+    return table(list(zip(*curve, strict=True)), 2)
 
 
 def sort(rows: np.ndarray, column: int) -> np.ndarray:
@@ -107,24 +109,36 @@ def draw_lines(
         line.set(markerfacecolor=face, markevery=(index * every // len(looks), every))
 
 
-def draw_legend(figure: Figure) -> None:
-    """Draws a legend below the axes in as many columns as fit. The figure grows by its height.
-
-    Raises ValueError if no line of the figure has a point to show.
-    """
-    lines: dict[str, list[Line2D]] = {}
-    for line in (line for axes in figure.axes for line in axes.lines):
-        if not line.get_label().startswith("_"):
-            lines.setdefault(line.get_label(), []).append(line)
-    has_data = lambda line: np.isfinite(line.get_xydata()).all(1).any()
-    shown = {label for label, same in lines.items() if any(map(has_data, same))}
-    if not shown:
+def check_has_data(lines: Iterable[Line2D]) -> None:
+    """Raises ValueError if none of the lines has a point to show."""
+    if not any(map(_has_data, lines)):
         raise ValueError(
             "There is nothing to draw: no series has a point of finite numbers; give at least one."
         )
+
+
+def _has_data(line: Line2D) -> bool:
+    return bool(np.isfinite(line.get_xydata()).all(1).any())
+
+
+def draw_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
+    """Draws a legend below the axes in as many columns as fit. The figure grows by its height.
+
+    A line whose group (`gid`) is another line's label belongs to that one. `more`: lines to explain
+    that are not drawn. Raises ValueError if no line has a point to show.
+    """
+    lines: dict[str, list[Line2D]] = {}
+    for line in (line for axes in figure.axes for line in axes.lines):
+        label = line.get_gid() or line.get_label()
+        if not label.startswith("_"):
+            lines.setdefault(label, []).append(line)
+    check_has_data(line for same in lines.values() for line in same)
+    shown = {label for label, same in lines.items() if any(map(_has_data, same))}
     texts = [label if label in shown else f"{label} (no data)" for label in lines]
-    texts = [textwrap.fill(text, LONGEST_LABEL) for text in texts]
-    legend = _widest_legend(figure, [same[0] for same in lines.values()], texts)
+    texts = [
+        textwrap.fill(text, LONGEST_LABEL) for text in (*texts, *(x.get_label() for x in more))
+    ]
+    legend = _widest_legend(figure, [*(same[0] for same in lines.values()), *more], texts)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + legend.get_window_extent().height / figure.dpi)
 
@@ -148,75 +162,6 @@ def _legend(
     for text in legend.get_texts():
         text.set_parse_math(False)
     return legend
-
-
-class _Place(NamedTuple):
-    """A place for a note: its distance and offset from its point, and the box that it fills.
-
-    The distance and offset are in points, the box is in pixels.
-    """
-
-    distance: int
-    offset: np.ndarray
-    box: Bbox
-
-
-def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[np.ndarray, str, str]]) -> None:
-    """Writes each note (point, text, color) beside its point, at the place where it covers the
-    least of lines and other notes.
-    """
-    figure.draw_without_rendering()  # Fixes the position of the axes.
-    lines = [axes.transData.transform(line.get_xydata()) for line in axes.lines]
-    markers = np.concatenate(lines)
-    drawn = np.concatenate([markers, *(part for line in lines for part in _segments(line))])
-    dots = figure.dpi / 72  # Pixels in a point.
-    taken: list[Bbox] = []
-
-    def cost(place: _Place) -> float:
-        box = place.box
-        covered = box.padded(dots).count_contains(drawn)
-        covered += 20 * box.padded(3 * dots).count_contains(markers)
-        covered += 50 * box.padded(dots).count_overlaps(taken)
-        covered += 200 * (not all(axes.bbox.contains(*corner) for corner in box.get_points()))
-        return covered + place.distance / 10
-
-    for point, text, color in notes:
-        note = _note(axes, point, text, color)
-        size = np.array(note.get_window_extent().size)
-        best = min(_places(axes.transData.transform(point), size, dots), key=cost)
-        note.set_position(tuple(best.offset))
-        taken.append(best.box)
-
-
-def _segments(line: np.ndarray) -> Iterator[np.ndarray]:
-    """Points along each segment of a line."""
-    steps = np.linspace(0, 1, 30)[:, None]
-    for start, end in zip(line[:-1], line[1:], strict=True):
-        yield start + steps * (end - start)
-
-
-def _note(axes: Axes, point: np.ndarray, text: str, color: str) -> Annotation:
-    """A note that is centered on its point."""
-    note = axes.annotate(
-        text, point, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=7
-    )
-    # Small type needs more contrast than lines.
-    darker = 0.7 * np.array(matplotlib.colors.to_rgb(color))
-    outline = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")
-    note.set(color=tuple(darker), path_effects=[outline])
-    note.set_in_layout(False)
-    return note
-
-
-def _places(point: np.ndarray, size: np.ndarray, dots: float) -> Iterator[_Place]:
-    """The places for a note of this size around a point, both in pixels, the nearest first."""
-    for distance in DISTANCES:
-        for direction in DIRECTIONS:
-            gap = distance * dots * (0.7 if all(direction) else 1)
-            offset = np.array(direction) * (size / 2 + gap)
-            center = point + offset
-            box = Bbox([center - size / 2, center + size / 2])
-            yield _Place(distance, offset / dots, box)
 
 
 def pixels(image: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ import matplotlib
 
 STYLE_FILE = pathlib.Path(__file__).with_name("paper.mplstyle")
 STYLE = matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False)
+COLUMN_WIDTH, TEXT_WIDTH = 3.4, 5.5  # Inches, of papers in two columns and in one.
+RHO = r"Robustness $\rho_2$"
 
 
 class Look(NamedTuple):

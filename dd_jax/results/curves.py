@@ -101,11 +101,13 @@ def median_size(curve: Curve) -> float | None:
     return float(curve.sizes[missing - 1]) if missing <= len(curve.sizes) else None
 
 
-def line(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of the curve, a stair from epsilon 0 to the largest size that was found: epsilons
-    and robust accuracies.
+def line(curve: Curve, most_steps: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """The curve from epsilon 0 to the largest size that was found, to be drawn: epsilons and robust
+    accuracies at the corners of a stair. Beyond `most_steps` sizes, some are left out, evenly.
     """
-    at = np.concatenate([[0.0], curve.sizes])
+    last = len(curve.sizes) - 1
+    shown = np.unique(np.linspace(0, last, min(most_steps, last + 1)).round().astype(int))
+    at = np.concatenate([[0.0], curve.sizes[shown]])
     after = robust_accuracy(curve, at)
     before = np.concatenate([[after[0]], after[:-1]])
     return np.repeat(at, 2), np.stack([before, after], axis=1).reshape(-1)
