@@ -191,12 +191,14 @@ class Examples(NamedTuple):
         examples; `mask` is 0 where a row is empty. A batch is what the feed's `compile_fn` takes:
         the whole batch, or the share of this process.
       limits: the least and the greatest value of an input.
+      is_share: whether a batch holds this process's examples alone, a contiguous part of all.
     """
 
     count: int  # type: ignore[assignment]  # in place of a tuple's method
     shape: tuple[int, ...]
     batches: Callable[[int, int], Iterable[Batch]]
     limits: tuple[float, float]
+    is_share: bool = False
 
 
 def in_memory(inputs: Float[np.ndarray, "n h w c"], labels: Labels) -> Examples:

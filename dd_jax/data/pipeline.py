@@ -153,7 +153,8 @@ class Streamed(NamedTuple):
             np.array(COLOR_RANGE, np.uint8).reshape(2, 1, 1, 1).repeat(3, axis=3)
         )
         limits = float(corners.min()), float(corners.max())
-        return Examples(len(self.data.test), (self.crop_size, self.crop_size, 3), batches, limits)
+        shape, count = (self.crop_size, self.crop_size, 3), len(self.data.test)
+        return Examples(count, shape, batches, limits, is_share=True)
 
     def compile_fn(self) -> Callable:
         """Returns how measurements are divided among devices: every process has its share of the

@@ -1,0 +1,416 @@
+"""Robust accuracy under AutoAttack on a whole data set, one attack after another.
+
+    found = robust_accuracy(logits_fn, images, labels, norm="linf", epsilon=8 / 255)
+    found["robust_accuracy"], found["robust_after"]
+
+What every attack claims is judged by a plain forward pass in a program of its own, and only what
+that confirms has fallen. The examples that are left are put together into full batches for the next
+attack, so that what has fallen costs nothing more. Random keys are those of the example's place in
+the data set: no figure depends on the size of a batch, or on where a run was interrupted.
+
+`save_to` names a file that holds which examples have fallen, written after every batch. A
+measurement that was killed goes on from there, if net, examples and options are the same.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dd_jax import parallel
+from dd_jax.attacks import attack_names
+from dd_jax.attacks._autoattack import Version, attack_by
+from dd_jax.attacks._losses import cross_entropy_margin
+from dd_jax.data import Batch, Examples, in_memory
+from dd_jax.evaluation.metrics import Summary
+from dd_jax.evaluation.programs import ApplyFn, BatchFn, CompileFn, Rows, Shared, in_two_programs
+from dd_jax.evaluation.verification import is_fooled
+from dd_jax.log import progress
+from dd_jax.norms import Bounds, LpNorm, lp_norm
+from dd_jax.types import LogitsFn
+
+CLEAN = "clean"
+NOT_FALLEN, WRONG, UNKNOWN = -1, -2, -3
+"""In `fallen_to`: no attack has fooled the net, or none is needed, or nothing is known yet."""
+SAME = 1e-4
+"""By how much the logits of an input may differ between two programs, relative to their size."""
+IS_ONE = 1e-5
+"""By how much the sum of probabilities may differ from 1."""
+SQUARE_GAIN = 0.002
+"""The share of examples that Square Attack may fool alone before a remark says so."""
+
+
+class Setting(NamedTuple):
+    """What is measured. Sizes are in the units of the inputs."""
+
+    norm: LpNorm = "linf"
+    epsilon: float = 0.1
+    version: Version = "standard"
+    seed: int = 0
+    channel_axis: int = -1  # of inputs with four axes, the batch first
+
+
+class Flags(NamedTuple):
+    """What is known of each example, as arrays on the host.
+
+    fallen_to: the number of the attack that fooled the net, NOT_FALLEN, WRONG or UNKNOWN.
+    num_tried: attacks that it has been through. num_queries: how often the net was asked.
+    odd: whether the outputs are probabilities, the gradient is zero, two programs differ.
+    """
+
+    fallen_to: Int[np.ndarray, " n"]
+    num_tried: Int[np.ndarray, " n"]
+    num_queries: Int[np.ndarray, " n"]
+    odd: Int[np.ndarray, "n 3"]
+
+
+def robust_accuracy(
+    logits_fn: Callable[..., Array],
+    inputs: Float[Array | np.ndarray, "n ..."],
+    labels: Int[Array | np.ndarray, " n"],
+    *,
+    norm: LpNorm,
+    epsilon: float,
+    bounds: Bounds | None = (0.0, 1.0),
+    version: Version = "standard",
+    seed: int = 0,
+    channel_axis: int = -1,
+    batch_size: int = 250,
+    save_to: pathlib.Path | str | None = None,
+    show_progress: bool = True,
+) -> Summary:
+    """AutoAttack on a data set in memory, for any net.
+
+    Args:
+      logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row. "rand":
+        `logits_fn(inputs, key)`.
+      inputs: floating, within the bounds; images (n, height, width, channels), or as in
+        `dd_jax.attacks.square`.
+      labels: the true classes.
+      norm, epsilon, bounds, version, channel_axis: as in `dd_jax.attacks.autoattack`.
+      seed: of all random numbers.
+      batch_size: how many examples are attacked at once; no figure depends on it.
+      save_to: a file (.npz) to resume from; it is removed by nobody. None: nothing is saved.
+      show_progress: whether there are progress bars.
+
+    Returns:
+      See `AutoAttack.measure`.
+
+    Raises:
+      ValueError: no examples, or shapes, types or options that make no sense.
+    """
+    setting = Setting(norm, epsilon, version, seed, channel_axis)
+    examples = in_memory(np.asarray(inputs), np.asarray(labels, np.int32))
+    apply_fn = lambda variables, *arguments: logits_fn(*arguments)
+    attack = AutoAttack(apply_fn, examples, bounds=bounds, batch_size=batch_size)
+    return attack.measure(None, setting, save_to=save_to, show_progress=show_progress)
+
+
+class AutoAttack:
+    """AutoAttack for nets of one architecture on one data set. Each attack is compiled once.
+
+    Args:
+      apply_fn: `apply_fn(variables, inputs) -> logits`, row by row; for the version "rand",
+        `apply_fn(variables, inputs, key)`.
+      examples: what to measure on; `data.in_memory(inputs, labels)`.
+      bounds: (lower, upper) of inputs, numbers or arrays that broadcast to one example. None: no
+        bounds.
+      batch_size: how many are attacked at once; no figure depends on it.
+      compile_fn: see `dd_jax.evaluation.programs`.
+    """
+
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        examples: Examples,
+        *,
+        bounds: Bounds | None = (0.0, 1.0),
+        batch_size: int = 250,
+        compile_fn: CompileFn = in_two_programs,
+    ) -> None:
+        self._apply_fn, self._examples, self._batch_size = apply_fn, examples, batch_size
+        self._bounds, self._compile_fn = bounds, compile_fn
+        self._compiled: dict[tuple, BatchFn] = {}
+
+    def measure(
+        self,
+        variables: Any,
+        setting: Setting = Setting(),  # noqa: B008  A tuple, which nobody changes.
+        *,
+        limit: int | None = None,
+        save_to: pathlib.Path | str | None = None,
+        description: str = "AutoAttack",
+        show_progress: bool = True,
+    ) -> Summary:
+        """Runs all attacks of the version, each on the examples that are left.
+
+        Args:
+          variables: the net's.
+          setting: what to measure.
+          limit: the first so many examples only.
+          save_to: see the module. Of several processes, one writes and all read.
+          description: in front of the progress bars.
+          show_progress: whether there are any.
+
+        Returns:
+          It can be written as JSON: "norm", "epsilon", "version", "seed", "num_examples";
+          "accuracy", without an attack; "robust_accuracy"; "robust_after", the robust accuracy
+          after each attack; "num_queries", the mean number of times the net was asked about an
+          example; "remarks", sentences that warn of a net for which AutoAttack says little:
+          outputs that are probabilities, logits that change, gradients that are zero, and Square
+          Attack far ahead of the attacks that use gradients.
+
+        Raises:
+          ValueError: no examples, or options that make no sense.
+        """
+        count = self._examples.count if limit is None else min(limit, self._examples.count)
+        if count < 1:
+            raise ValueError("There is no example to attack: the data set is empty, or limit 0.")
+        store = Store(save_to, _identity(variables, setting, self._bounds, count), count)
+        flags = store.read()
+        names = (CLEAN, *attack_names(setting.version))
+        shared = {"variables": variables, "bounds": self._bounds}
+        shared["epsilon"] = np.float32(setting.epsilon)
+        for number, name in enumerate(names):
+            run = self._program(name, setting)
+            todo = flags.num_tried == number
+            if number:
+                todo &= flags.fallen_to == NOT_FALLEN
+            title = f"{description} {name} ({number} of {len(names) - 1})"
+            with progress(title, int(np.sum(todo)), "image", disable=not show_progress) as bar:
+                for batch in self._batches(todo, setting, count):
+                    rows = jax.device_get(run(shared, batch)[1])
+                    note(flags, rows, number)
+                    store.write(flags)
+                    bar.update(int(np.sum(rows["todo"])))
+        return summary(flags, setting, names[1:])
+
+    def _program(self, name: str, setting: Setting) -> BatchFn:
+        key = (name, setting.norm, setting.version, setting.channel_axis)
+        if key not in self._compiled:
+            make = clean_programs if name == CLEAN else attack_programs
+            self._compiled[key] = self._compile_fn(*make(self._apply_fn, name, setting))
+        return self._compiled[key]
+
+    def _batches(self, todo: np.ndarray, setting: Setting, count: int) -> Iterator[Batch]:
+        """The examples still to be done: put together into full batches, or, where every process
+        reads its own examples and all have to keep step, each in the batch where it always is.
+        """
+        keys = jax.random.key_data(
+            jax.vmap(partial(jax.random.fold_in, jax.random.key(setting.seed)))(np.arange(count))
+        )
+        batches = self._examples.batches(count, self._batch_size)
+        numbered = _numbered(batches, np.asarray(keys), self._examples.is_share)
+        marked = ({**batch, "todo": _marked(batch, todo)} for batch in numbered)
+        if self._examples.is_share:
+            yield from marked
+        else:
+            yield from _together(marked, min(self._batch_size, count))
+
+
+def _numbered(
+    batches: Iterable[Mapping[str, np.ndarray]], keys: np.ndarray, is_share: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches with "number", each example's place in the data set, and its random key."""
+    index, count = parallel.my_share() if is_share else (0, 1)
+    for place, batch in enumerate(batches):
+        rows = len(batch["label"])
+        number = (place * count + index) * rows + np.arange(rows)
+        number = np.minimum(number, len(keys) - 1)  # Rows that fill up a batch have mask 0.
+        yield {**batch, "number": number.astype(np.int32), "key": keys[number]}
+
+
+def _marked(batch: Batch, todo: np.ndarray) -> np.ndarray:
+    return todo[batch["number"]] & (np.asarray(batch["mask"]) > 0)
+
+
+def _together(batches: Iterator[Batch], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Full batches of the examples to be done; the last one is filled up with others."""
+    waiting: dict[str, np.ndarray] = {}
+    for batch in batches:
+        chosen = {name: np.asarray(values)[batch["todo"]] for name, values in batch.items()}
+        waiting = (
+            chosen
+            if not waiting
+            else {name: np.concatenate([values, chosen[name]]) for name, values in waiting.items()}
+        )
+        while len(waiting["label"]) >= batch_size:
+            yield {name: values[:batch_size] for name, values in waiting.items()}
+            waiting = {name: values[batch_size:] for name, values in waiting.items()}
+    if waiting and (missing := batch_size - len(waiting["label"])) < batch_size:
+        filled = {
+            name: np.concatenate([values, np.repeat(values[:1], missing, axis=0)])
+            for name, values in waiting.items()
+        }
+        filled["todo"][batch_size - missing :] = False
+        filled["mask"][batch_size - missing :] = 0
+        yield filled
+
+
+def clean_programs(apply_fn: ApplyFn, name: str, setting: Setting) -> tuple[Callable, Callable]:
+    """The two programs that ask the net about the examples themselves, and look for odd nets."""
+    del name
+
+    def attack(shared: Shared, batch: Batch) -> Rows:
+        logits_fn = _of_batch(apply_fn, shared, batch, setting, 0)
+        slope = jax.grad(lambda x: jnp.sum(cross_entropy_margin(logits_fn(x), batch["label"], x)))
+        return {"logits": logits_fn(batch["image"]), "gradient": slope(batch["image"])}
+
+    def judge(shared: Shared, batch: Batch, found: Rows) -> tuple[Array, Rows]:
+        logits = _of_batch(apply_fn, shared, batch, setting, 1)(batch["image"])
+        size = jnp.linalg.norm(logits, axis=-1) + jnp.finfo(logits.dtype).tiny
+        change = jnp.linalg.norm(logits - found["logits"], axis=-1) / size
+        one = jnp.abs(jnp.sum(logits, axis=-1) - 1) < IS_ONE
+        is_probability = one & jnp.all((logits > -IS_ONE) & (logits < 1 + IS_ONE), axis=-1)
+        odd = (is_probability, lp_norm(found["gradient"], "l1") == 0, ~(change <= SAME))
+        wrong = jnp.argmax(logits, axis=-1) != batch["label"]
+        rows = {name: batch[name] for name in ("number", "todo")}
+        queries = jnp.ones_like(batch["number"])
+        rows |= {"falls": wrong, "num_queries": queries, "odd": jnp.stack(odd, axis=-1)}
+        return jnp.sum(batch["mask"]), rows
+
+    return attack, judge
+
+
+def attack_programs(apply_fn: ApplyFn, name: str, setting: Setting) -> tuple[Callable, Callable]:
+    """The two programs of one of AutoAttack's attacks."""
+    norm, _, version, _, channel_axis = setting
+
+    def attack(shared: Shared, batch: Batch) -> dict[str, Array]:
+        # No class is -1: what has fallen, or fills up the batch, is done at once.
+        labels = jnp.where(batch["todo"], batch["label"], -1)
+        net = partial(apply_fn, shared["variables"])
+        options = dict(norm=norm, epsilon=shared["epsilon"], bounds=shared["bounds"])
+        options |= dict(version=version, key=batch["key"], channel_axis=channel_axis)
+        return attack_by(name, net, batch["image"], labels, **options)._asdict()
+
+    def judge(shared: Shared, batch: Batch, found: Mapping[str, Array]) -> tuple[Array, Rows]:
+        logits_fn = _of_batch(apply_fn, shared, batch, setting, 2)
+        limits = dict(bounds=shared["bounds"], epsilon=shared["epsilon"], norm=norm)
+        falls = is_fooled(
+            logits_fn, batch["image"], found["perturbation"], batch["label"], **limits
+        )
+        rows = {name: batch[name] for name in ("number", "todo")}
+        return jnp.sum(batch["mask"]), rows | {"falls": falls, "num_queries": found["num_queries"]}
+
+    return attack, judge
+
+
+def _of_batch(
+    apply_fn: ApplyFn, shared: Shared, batch: Batch, setting: Setting, draw: int
+) -> LogitsFn:
+    """The net; a random one draws for each row with the example's key, `draw` being a fresh one."""
+    if setting.version != "rand":
+        return partial(apply_fn, shared["variables"])
+
+    def one(x: Array, key: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), draw)
+        return apply_fn(shared["variables"], x[None], key)[0]
+
+    return lambda x: jax.vmap(one)(x, batch["key"])
+
+
+def note(flags: Flags, rows: Rows, number: int) -> None:
+    """Writes into the flags what a batch gave."""
+    done = np.asarray(rows["todo"]) > 0
+    at, falls = rows["number"][done], rows["falls"][done]
+    flags.num_tried[at] = number + 1
+    flags.num_queries[at] += rows["num_queries"][done]
+    if number == 0:
+        flags.fallen_to[at], flags.odd[at] = np.where(falls, WRONG, NOT_FALLEN), rows["odd"][done]
+    else:
+        flags.fallen_to[at] = np.where(falls, number - 1, flags.fallen_to[at])
+
+
+class Store:
+    """The file with the flags, if there is one."""
+
+    def __init__(self, path: pathlib.Path | str | None, identity: str, count: int) -> None:
+        self._path = None if path is None else pathlib.Path(path)
+        self._identity, self._count = identity, count
+
+    def read(self) -> Flags:
+        """The flags of a measurement of the same net, examples and options; fresh ones else."""
+        fresh = np.full(self._count, UNKNOWN, np.int16)
+        none = np.zeros(self._count, np.int32)
+        nothing = Flags(fresh, none, none.copy(), np.zeros((self._count, 3), bool))
+        if self._path is None or not self._path.exists():
+            return nothing
+        try:
+            with np.load(self._path) as arrays:
+                if str(arrays["identity"]) != self._identity:
+                    return nothing
+                return Flags(*(arrays[name] for name in Flags._fields))
+        except (OSError, ValueError, KeyError, EOFError):  # Damaged: measured again.
+            return nothing
+
+    def write(self, flags: Flags) -> None:
+        """Saves the flags; a reader sees the old file or the new one."""
+        if self._path is None or not parallel.is_primary():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = self._path.with_suffix(".partial")
+        with partial_path.open("wb") as file:
+            np.savez(file, identity=self._identity, **flags._asdict())
+        partial_path.replace(self._path)
+
+
+def _identity(variables: Any, setting: Setting, bounds: Bounds | None, count: int) -> str:
+    """Changes with the weights, the options and the number of examples."""
+    digest = hashlib.sha256(repr((setting, count)).encode())
+    for leaf in jax.tree.leaves((variables, bounds)):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def summary(flags: Flags, setting: Setting, names: tuple[str, ...]) -> Summary:
+    """What `AutoAttack.measure` returns."""
+    known, after = flags.num_tried > 0, {}  # An image that cannot be read stays unknown.
+    share = lambda chosen: float(np.mean(chosen[known]))
+    for number, name in enumerate(names):
+        after[name] = share((flags.fallen_to == NOT_FALLEN) | (flags.fallen_to > number))
+    return {
+        **{name: getattr(setting, name) for name in ("norm", "epsilon", "version", "seed")},
+        "num_examples": int(np.sum(known)),
+        "accuracy": share(flags.fallen_to != WRONG),
+        "robust_accuracy": after[names[-1]],
+        "robust_after": after,
+        "num_queries": float(np.mean(flags.num_queries[known])),
+        "remarks": remarks_of(np.mean(flags.odd[known], axis=0), after, setting.version),
+    }
+
+
+def remarks_of(odd: np.ndarray, after: Mapping[str, float], version: str) -> list[str]:
+    """Sentences that warn of a net for which AutoAttack says little."""
+    probabilities, flat, changing = odd
+    sentences = []
+    if probabilities == 1:
+        sentences.append(
+            "The outputs are probabilities (at least 0, with the sum 1), not logits: gradients "
+            "vanish after a softmax. Give the logits."
+        )
+    if changing > 0 and version != "rand":
+        sentences.append(
+            f"The logits of {changing:.1%} of the images differ between two programs by more than "
+            f"{SAME:g}: the net may draw random numbers. Give it a key and use version 'rand'."
+        )
+    if flat > 0:
+        sentences.append(
+            f"The gradient of the loss is exactly zero for {flat:.1%} of the images: attacks that "
+            "use gradients cannot move them, and the robust accuracy may be too high."
+        )
+    names = list(after)
+    if "square" in names:
+        gain = after[names[names.index("square") - 1]] - after["square"]
+        if gain > SQUARE_GAIN:
+            sentences.append(
+                f"Square Attack fooled {gain:.2%} of the images after all attacks before it had "
+                "failed: gradients may be masked, and an attack adapted to the net may fool more."
+            )
+    return sentences
