@@ -21,7 +21,7 @@ from jax.test_util import check_grads
 
 import dd_jax
 from dd_jax import models, training
-from dd_jax.models.imagenet import GRAY_LEVELS, ResidualBlock
+from dd_jax.models.imagenet import GRAY_LEVELS
 from dd_jax.models.layers import (
     batch_dropout,
     batch_norm,
@@ -30,6 +30,7 @@ from dd_jax.models.layers import (
     flatten,
     local_response_norm,
 )
+from dd_jax.models.residual import ResidualBlock
 from dd_jax.pretrained import layouts
 from dd_jax.xla.pooling import max_pool
 

@@ -31,6 +31,7 @@ from dd_jax.pretrained import (
     files,
     layouts,
     matconvnet,
+    torch_legacy,
     torch_zip,
 )
 
@@ -118,7 +119,7 @@ def expect_lenet(variables, dtype=np.float32):
 
 
 def test_a_file_of_pytorchs_own_gives_every_dtype_stride_and_offset():
-    arrays = torch_zip.read_torch_zip(GOLDEN / "torch_tensors.pth")
+    arrays = files.read_arrays(GOLDEN / "torch_tensors.pth", "lenet")
     assert set(arrays) == set(
         make_torch_files.CONTENTS
     )  # "module." is gone, and so is the checkpoint around
@@ -127,10 +128,17 @@ def test_a_file_of_pytorchs_own_gives_every_dtype_stride_and_offset():
         np.testing.assert_array_equal(arrays[name].astype(np.float64), value, err_msg=name)
 
 
-@pytest.mark.parametrize("nest", ["plain", "state_dict", "model", "prefix"])
+@pytest.mark.parametrize(
+    "nest",
+    ["plain", "state_dict", "model_state_dict", "model", "net", "last", "best", "both", "prefix"],
+)
 def test_a_state_dict_is_found_wherever_training_scripts_put_it(tmp_path, nest):
     wrap = {
         "plain": lambda weights: weights,
+        "both": lambda weights: {
+            "best": {name: 0 * array for name, array in weights.items()},
+            "last": {"state_dict": weights},
+        },
         "prefix": lambda weights: {f"module.net.{name}": array for name, array in weights.items()},
     }
     contents = (
@@ -359,33 +367,75 @@ def test_a_damaged_pickle_never_raises_anything_else(tmp_path):
     assert refused > 60  # The others changed a number or a name, as far as a reader can tell.
 
 
-def test_the_old_format_needs_pytorch_and_says_so(monkeypatch):
+def test_the_old_format_is_read_without_pytorch_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(
-        WeightsError, match=r"torch_tensors_legacy.pth is not a zip archive.*'dd_jax\[torch\]'"
-    ):
-        files.read_arrays(GOLDEN / "torch_tensors_legacy.pth", "lenet")
-
-
-def test_the_old_format_is_read_by_pytorchs_restricted_loader(monkeypatch):
-    class Array(np.ndarray):
-        detach = float = numpy = lambda self: self
-        untyped_storage = lambda self: types.SimpleNamespace(nbytes=lambda: 12)
-
-    calls, one = [], np.ones(3, np.float32).view(Array)
-    load = lambda path, **options: (
-        calls.append(options) or {"state_dict": {"module.conv1.weight": one}}
-    )
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, Tensor=Array))
     arrays = files.read_arrays(GOLDEN / "torch_tensors_legacy.pth", "lenet")
-    assert calls == [{"map_location": "cpu", "weights_only": True}] and list(arrays) == [
-        "conv1.weight"
-    ]
-    one = np.broadcast_to(np.float32(1), (10**6, 10**6)).view(Array)
-    with pytest.raises(
-        WeightsError, match="legacy.pth has a tensor with more numbers than its storage"
-    ):
-        files.read_arrays(GOLDEN / "torch_tensors_legacy.pth", "lenet")
+    assert set(arrays) == set(make_torch_files.CONTENTS)
+    for name, (value, dtype) in make_torch_files.CONTENTS.items():
+        assert arrays[name].dtype.name == dtype and arrays[name].shape == value.shape, name
+        np.testing.assert_array_equal(arrays[name].astype(np.float64), value, err_msg=name)
+        assert not (arrays[name].size and arrays[name].flags.writeable), name
+
+
+def test_every_damage_to_a_file_of_the_old_format_is_a_sentence(tmp_path):
+    content = (GOLDEN / "torch_tensors_legacy.pth").read_bytes()
+    path, generator, refused = tmp_path / "net.pth", np.random.default_rng(0), 0
+    for length in (0, 1, 14, 15, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(WeightsError, match="net.pth"):
+            files.read_arrays(path, "lenet")
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[generator.integers(len(content))] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            torch_legacy.read_torch_legacy(path)
+        except WeightsError:
+            refused += 1
+    assert refused > 60  # The others changed a number or a name, as far as a reader can tell.
+
+
+def legacy_file(path, *pickles, tail=b""):
+    """A file of the old format from the programs of its pickles after the first two."""
+    start = torch_legacy.MAGIC + pickle.dumps(1001, 2)
+    path.write_bytes(start + b"".join(pickles) + tail)
+    return path
+
+
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+
+
+@pytest.mark.parametrize(
+    ("contents", "keys", "tail", "words"),
+    [
+        # 2^60 numbers, and -1
+        (b"\x80\x02" + STORAGE + b"\x8a\x08" + (2**60).to_bytes(8, "little") + b"NtQ.", [], b"", "claims 1152921504606846976 numbers"),
+        (b"\x80\x02" + STORAGE + b"J\xff\xff\xff\xffNtQ.", [], b"", "claims -1 numbers"),
+        (b"\x80\x02" + STORAGE + b"K\x01NtQ.", ["0"], b"\2" + bytes(7) + b"1234", "not the 1 numbers"),
+        (b"\x80\x02" + STORAGE + b"K\x01NtQ.", ["0"], b"\1" + bytes(7) + b"12", "not the 1 numbers"),
+        (b"\x80\x02" + STORAGE + b"K\x01NtQ.", ["9"], b"", "storage 9 belongs to no tensor"),
+        (b"\x80\x02" + STORAGE + b"K\x01NtQ.", [], b"", "KeyError"),
+        (b"\x80\x02" + STORAGE + b"K\x01NtQ.", 7, b"", "list of storages"),
+        (b"\x80\x02" + STORAGE + b"K\x01K\x01tQ.", [], b"", "refers to storage"),  # a view
+        (b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.", [], b"", "asks for os.system"),
+    ],
+)  # fmt: skip
+def test_storages_of_the_old_format_stay_within_the_file(tmp_path, contents, keys, tail, words):
+    machine = pickle.dumps({"little_endian": True}, 2)
+    path = legacy_file(tmp_path / "net.pth", machine, contents, pickle.dumps(keys, 2), tail=tail)
+    with pytest.raises(WeightsError, match=f"net.pth is .*{words}"):
+        files.read_arrays(path, "lenet")
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in files.SUFFIXES])
+@pytest.mark.parametrize(
+    "page", [b"<!DOCTYPE html><html><head><title>Google Drive", b"\xef\xbb\xbf\n <HTML>"]
+)
+def test_a_web_page_in_place_of_weights_is_recognized(tmp_path, suffix, page):
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(page + b" - Virus scan warning</title>")
+    with pytest.raises(WeightsError, match=f"net{suffix} is a web page .*Google Drive.*gdown"):
+        pretrained.load(path, "lenet")
 
 
 # Caffe
@@ -818,7 +868,7 @@ def test_compressed_npz_files_are_read(tmp_path):
 
 def written(directory, kind, caffe_net):
     path = directory / f"lenet.{kind}"
-    if kind in ("pth", "model"):
+    if kind in ("pth", "model", "tar", "ckpt"):
         write_pth(path, LENET)
     elif kind == "safetensors":
         safetensors.numpy.save_file(LENET, path)

@@ -1,64 +1,19 @@
-"""The nets by name. A new net is one entry of `NETS`.
+"""The nets by name. A new net is one entry of `NETS`; those of any depth and width are in
+`families`.
 
 An entry names the Flax module and says what PyTorch's weights of that net do not show in their
-shapes; `dd_jax.pretrained` reads the second part.
+shapes.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
-import flax.linen as nn
-
+from dd_jax.models import families
 from dd_jax.models.cifar import NIN, ConvNet
-from dd_jax.models.cifar_resnets import PreActResNet18, WideResNet28x10
-from dd_jax.models.imagenet import AlexNet, AlexNetTorchvision, ResNet18
+from dd_jax.models.imagenet import AlexNet, AlexNetTorchvision
 from dd_jax.models.mnist import MLP, LeNet
-
-
-class TorchLayout(NamedTuple):
-    """The differences between the names and axes of PyTorch's weights and of ours.
-
-    Attributes:
-      head: our name of the last layer, which has one output per class.
-      flattened: from our name of a linear layer that reads flattened maps to the shape of these
-        maps, (channels, height, width). PyTorch flattens them channels first, Flax channels last.
-      renamed: from our name of a layer, or of one part of its path, to PyTorch's name. Names that
-        are not listed are equal.
-    """
-
-    head: str
-    flattened: Mapping[str, tuple[int, int, int]] = {}
-    renamed: Mapping[str, str] = {}
-
-
-class Net(NamedTuple):
-    """One net: the Flax module, with its `input_shape` and default `num_classes`, and the layout of
-    its PyTorch weights.
-    """
-
-    module: type[nn.Module]
-    torch_layout: TorchLayout
-
+from dd_jax.models.torch_layout import Net, TorchLayout
 
 _TORCHVISION_ALEXNET = {
     **{f"conv{i}": f"features.{place}" for i, place in enumerate((0, 3, 6, 8, 10), start=1)},
     **{f"fc{i}": f"classifier.{place}" for i, place in enumerate((1, 4, 6), start=6)},
-}
-_STAGES_OF_TWO_BLOCKS = {
-    f"layer{stage}_{block}": f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)
-}
-_TORCHVISION_RESNET = {
-    **_STAGES_OF_TWO_BLOCKS,
-    "downsample_conv": "downsample.0",
-    "downsample_bn": "downsample.1",
-}
-_TRADES_WIDE_RESNET = {
-    **{
-        f"block{stage}_{block}": f"block{stage}.layer.{block}"
-        for stage in (1, 2, 3)
-        for block in range(4)
-    },
-    "shortcut": "convShortcut",
 }
 
 NETS: dict[str, Net] = {
@@ -71,10 +26,18 @@ NETS: dict[str, Net] = {
         AlexNetTorchvision,
         TorchLayout("fc8", flattened={"fc6": (256, 6, 6)}, renamed=_TORCHVISION_ALEXNET),
     ),
-    "resnet18": Net(ResNet18, TorchLayout("fc", renamed=_TORCHVISION_RESNET)),
-    "preactresnet18": Net(
-        PreActResNet18,
-        TorchLayout("linear", renamed={**_STAGES_OF_TWO_BLOCKS, "shortcut": "shortcut.0"}),
-    ),
-    "wideresnet28_10": Net(WideResNet28x10, TorchLayout("fc", renamed=_TRADES_WIDE_RESNET)),
+    # Of the families, the nets that are tested whole; `find` knows the others, too.
+    **{name: families.find(name) for name in ("resnet18", "preactresnet18", "wideresnet28_10")},
 }
+
+
+def find(name: str) -> Net:
+    """The net of a name: an entry of `NETS`, or one of a family.
+
+    Raises ValueError for other names; it lists all that there are.
+    """
+    net = NETS.get(name) or families.find(name)
+    if net is None:
+        listed = ", ".join((*NETS, *(family.names for family in families.FAMILIES)))
+        raise ValueError(f"There is no net {name!r}; choose one of {listed}.")
+    return net

@@ -1,5 +1,4 @@
-"""The paper's nets for ImageNet: AlexNet as in Caffe, AlexNet as in torchvision, and ResNet-18 as
-in torchvision.
+"""AlexNet for ImageNet, as in Caffe and as in torchvision. The paper's ResNet-18 is in `residual`.
 
 All take (batch, height, width, 3) and return 1000 logits. Padding is the same on every side, as in
 PyTorch and Caffe. "SAME" would shift the windows of a stride of 2 by one pixel, and the published
@@ -7,7 +6,6 @@ weights would read the wrong pixels. Each net has its own input space and order 
 
     alexnet              BGR, (gray levels 0..255 minus Caffe's mean image) / 255
     alexnet_torchvision  RGB, (gray levels / 255 - mean) / std per channel
-    resnet18             RGB, as alexnet_torchvision
 """
 
 from typing import Any, ClassVar
@@ -17,7 +15,6 @@ from jaxtyping import Array, Float
 
 from dd_jax.models.layers import (
     batch_dropout,
-    batch_norm,
     conv,
     dense,
     flatten,
@@ -111,65 +108,3 @@ class AlexNetTorchvision(nn.Module):
         x = batch_dropout(train=train, name="drop7")(x)
         x = nn.relu(dense(4096, name="fc7")(x))
         return dense(self.num_classes, name="fc8")(x)
-
-
-class ResNet18(nn.Module):
-    """torchvision's `resnet18` (He et al. 2016): 11,689,512 parameters at 1000 classes.
-
-    Conv-7-64 (stride 2, padding 3), BN, ReLU, MaxPool-3/2 (padding 1); four stages of two residual
-    blocks with 64, 128, 256 and 512 channels, all but the first halving the size; the mean over
-    pixels; FC-`num_classes`. Convolutions have no bias.
-
-    Takes (batch, 224, 224, 3), or images of any other size. Batch normalization uses its stored
-    statistics, with and without `train`; with `update_batch_stats` it uses the batch's and updates
-    the stored ones (`layers.batch_norm`). Computes in the widest of the dtypes of inputs,
-    parameters and statistics.
-    """
-
-    num_classes: int = 1000
-    input_shape: ClassVar[tuple[int, int, int]] = (224, 224, 3)
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch height width channels"],
-        train: bool = False,
-        update_batch_stats: bool = False,
-    ) -> Float[Array, "batch classes"]:
-        """Logits of a batch."""
-        norm = {"update_batch_stats": update_batch_stats}
-        x = conv(64, 7, stride=2, padding=3, use_bias=False, name="conv1")(x)
-        x = max_pool(nn.relu(batch_norm(**norm, name="bn1")(x)), 3, 2, padding=1)
-        for stage, features in enumerate((64, 128, 256, 512), start=1):
-            stride = 1 if stage == 1 else 2
-            x = ResidualBlock(features, stride=stride, name=f"layer{stage}_0")(x, **norm)
-            x = ResidualBlock(features, name=f"layer{stage}_1")(x, **norm)
-        return dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
-
-
-class ResidualBlock(nn.Module):
-    """Conv-3, BN, ReLU, Conv-3, BN, plus the shortcut, ReLU.
-
-    The shortcut is the input, or Conv-1, BN of it where the shape changes.
-    """
-
-    features: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(
-        self, x: Maps, update_batch_stats: bool = False
-    ) -> Float[Array, "batch down across features"]:
-        """Maps (batch, height, width, channels) to (batch, height / stride, width / stride,
-        features), sizes rounded up.
-        """
-        norm = {"update_batch_stats": update_batch_stats}
-        plain = {"use_bias": False}
-        y = conv(self.features, 3, stride=self.stride, padding=1, **plain, name="conv1")(x)
-        y = nn.relu(batch_norm(**norm, name="bn1")(y))
-        y = conv(self.features, 3, padding=1, **plain, name="conv2")(y)
-        y = batch_norm(**norm, name="bn2")(y)
-        if x.shape != y.shape:
-            x = conv(self.features, 1, stride=self.stride, **plain, name="downsample_conv")(x)
-            x = batch_norm(**norm, name="downsample_bn")(x)
-        return nn.relu(x + y)

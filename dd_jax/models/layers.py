@@ -20,7 +20,7 @@ def conv(
     size: int,
     *,
     stride: int = 1,
-    padding: int = 0,
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 0,
     groups: int = 1,
     use_bias: bool = True,
     kernel_init: Initializer = KERNEL_INIT,
@@ -29,8 +29,9 @@ def conv(
 ) -> nn.Conv:
     """Returns a convolution with square kernels of `size` x `size` pixels.
 
-    `padding` is the number of zeros added on every side. Channels of inputs and outputs are divided
-    into `groups` equal groups, and each group of outputs reads its own group of inputs only.
+    `padding` is the number of zeros added on every side, or ((above, below), (left, right)).
+    Channels of inputs and outputs are divided into `groups` equal groups, and each group of outputs
+    reads its own group of inputs only.
     """
     return nn.Conv(
         features,

@@ -1,4 +1,7 @@
-"""Loads weights of other libraries as Flax variables.
+"""Loads weights of other libraries as Flax variables, and published robust classifiers whole.
+
+    net = pretrained.robust_classifier("Carmon2019Unlabeled.pt")  # recognizes the architecture
+    logits = net(images)  # images in [0, 1]
 
     variables = pretrained.load("resnet18-f37072fd.pth", "resnet18")
     logits = models.create("resnet18").apply(variables, images)
@@ -8,11 +11,17 @@ their suffixes. Corrupt or malicious weight files are rejected; no code in them 
 `python -m dd_jax.pretrained in.pth --model resnet18 out.safetensors` converts a file.
 """
 
-from dd_jax import extras
+from dd_jax.pretrained.classifiers import Classifier, robust_classifier
 from dd_jax.pretrained.errors import WeightsError
+from dd_jax.pretrained.files import SUFFIXES, load
+from dd_jax.pretrained.layouts import from_torch, variables_from_torch
 
-with extras.needed("pretrained"):
-    from dd_jax.pretrained.files import SUFFIXES, load
-    from dd_jax.pretrained.layouts import from_torch, variables_from_torch
-
-__all__ = ["SUFFIXES", "WeightsError", "from_torch", "load", "variables_from_torch"]
+__all__ = [
+    "SUFFIXES",
+    "Classifier",
+    "WeightsError",
+    "from_torch",
+    "load",
+    "robust_classifier",
+    "variables_from_torch",
+]

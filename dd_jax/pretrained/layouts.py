@@ -10,11 +10,14 @@ The name of each weight changes, and so does the order of its axes:
     linear       PyTorch (out, in)                  Flax (in, out)
 
 PyTorch flattens maps channels first, Flax channels last. Shapes do not show which linear layers
-read flattened maps; `models.NETS` lists them for each net, together with the names that differ.
+read flattened maps; `models.find(name).torch_layout` lists them for each net, together with the
+names that differ.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -25,19 +28,23 @@ from jax.typing import ArrayLike
 
 from dd_jax import models
 from dd_jax.pretrained.errors import WeightsError
+from dd_jax.pretrained.state_dicts import MU, SIGMA
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]  # (collection, layer, ..., leaf)
 
 _TORCH_LEAF = {
     "kernel": "weight",
-    "bias": "bias",
     "scale": "weight",
     "mean": "running_mean",
     "var": "running_var",
 }
+"""Names of leaves that differ."""
+_NORMALIZATION = ("batch_stats", "normalize")  # The path of a net's own mu and sigma.
 # PyTorch's batch normalization counts its updates; Flax's needs no count.
 _NO_WEIGHT = "num_batches_tracked"
+_CHANNELS = 3  # of images that nets normalize themselves
+_KINDS_SHOWN = 3  # first parts of the names of unused arrays in a sentence
 
 
 def from_torch(name: str, state_dict: Mapping[str, ArrayLike]) -> dict[str, Any]:
@@ -51,11 +58,14 @@ def variables_from_torch(name: str, state_dict: Mapping[str, ArrayLike]) -> dict
     """Converts the weights of a PyTorch net to our variables.
 
     Args:
-      name: one of `models.NAMES`.
+      name: one of `models.NAMES` or of `models.FAMILIES`.
       state_dict: from PyTorch's names ("conv1.weight", "layer1.0.bn1.running_mean") to arrays, or
         anything that NumPy converts to an array; for `alexnet` Caffe's names and shapes. The last
         layer determines the number of classes. Weights of linear layers may have the shape of a
-        convolution over whole maps, (out, channels, height, width).
+        convolution over whole maps, (out, channels, height, width). The entries "mu" and "sigma",
+        of any shape with one number per channel or one for all, are the net's own normalization;
+        without them it is the net's default. Weights that the net does not use
+        (`unused_entries`) are left out.
 
     Returns:
       {"params": ...}, and "batch_stats" for nets with batch normalization, with the structure that
@@ -65,36 +75,98 @@ def variables_from_torch(name: str, state_dict: Mapping[str, ArrayLike]) -> dict
       WeightsError: unknown name, or entries that are missing, unknown or of another shape; the
         message lists all of them.
     """
-    arrays = {
-        entry: np.asarray(value)
-        for entry, value in state_dict.items()
-        if not entry.endswith(_NO_WEIGHT)
-    }
+    arrays = {entry: np.asarray(value) for entry, value in state_dict.items()}
     entries = check_shapes(name, {entry: array.shape for entry, array in arrays.items()})
-    flattened = models.NETS[name].torch_layout.flattened
+    flattened = _net(name).torch_layout.flattened
     flat = {
-        path: _flax_array(arrays[entry].reshape(shape), flattened.get(path[-2]))
+        path: _flax_array(_reshaped(arrays[entry], shape), flattened.get(path[-2]))
         for path, (entry, shape) in entries.items()
+        if entry in arrays
     }
-    return flax.traverse_util.unflatten_dict(flat)
+    variables = flax.traverse_util.unflatten_dict(flat)
+    is_own = any(path[:2] == _NORMALIZATION for path in entries)
+    if is_own and MU not in arrays:
+        default = models.create(
+            name, _num_classes(name, {entry: array.shape for entry, array in arrays.items()})
+        ).normalization
+        return with_normalization(variables, default)
+    return variables
+
+
+def num_classes(name: str, variables: Mapping[str, Any]) -> int:
+    """The number of classes of a net with these variables."""
+    return variables["params"][_net(name).torch_layout.head]["kernel"].shape[-1]
+
+
+def own_normalization(variables: Mapping[str, Any]) -> models.Normalization | None:
+    """mu and sigma of a net that normalizes its inputs itself; None for other nets."""
+    own = variables.get("batch_stats", {}).get("normalize")
+    if own is None:
+        return None
+    return models.Normalization(*(tuple(np.asarray(own[each]).tolist()) for each in (MU, SIGMA)))
+
+
+def with_normalization(
+    variables: Mapping[str, Any], normalization: models.Normalization
+) -> dict[str, Any]:
+    """The variables of a net that normalizes its inputs itself, with other mu and sigma.
+
+    One number each stands for all three channels. Raises WeightsError for another number of them,
+    for numbers that are not finite, and for a standard deviation that is not positive.
+    """
+    mu, sigma = (np.asarray(each, np.float32).reshape(-1) for each in normalization)
+    sizes_fit = {mu.size, sigma.size} <= {1, _CHANNELS}
+    if not (sizes_fit and np.isfinite(mu).all() and np.isfinite(sigma).all() and (sigma > 0).all()):
+        raise WeightsError(
+            f"The normalization is mean {tuple(mu.tolist())} and std {tuple(sigma.tolist())}; each "
+            f"must have {_CHANNELS} finite numbers or one, and those of std must be positive."
+        )
+    own = {MU: np.resize(mu, _CHANNELS), SIGMA: np.resize(sigma, _CHANNELS)}
+    return {**variables, "batch_stats": {**variables["batch_stats"], "normalize": own}}
+
+
+def unused_entries(name: str, entries: Iterable[str]) -> str:
+    """A sentence on the entries that published weights of a net have and the net does not use;
+    empty if there are none.
+    """
+    unused = [entry for entry in entries if _is_unused(name, entry)]
+    if not unused:
+        return ""
+    kinds = dict.fromkeys(entry.partition(".")[0] for entry in unused)
+    listed = ", ".join(
+        kinds if len(kinds) <= _KINDS_SHOWN else (*list(kinds)[:_KINDS_SHOWN], "...")
+    )
+    return f"{len(unused)} arrays ({listed}) are left out, because {name} does not use them."
 
 
 def check_shapes(name: str, given: Mapping[str, Shape]) -> dict[Path, tuple[str, Shape]]:
     """Checks the shapes of arrays under PyTorch's names, before any array is read.
 
     Returns, for the path of each of the net's variables, PyTorch's name of it and the shape to
-    reshape the array of that name to. Raises what `variables_from_torch` raises.
+    reshape the array of that name to; mu and sigma may be missing among the arrays. Raises what
+    `variables_from_torch` raises.
     """
-    if name not in models.NETS:
-        raise WeightsError(f"There is no net {name!r}; choose one of {', '.join(models.NAMES)}.")
-    given = {entry: shape for entry, shape in given.items() if not entry.endswith(_NO_WEIGHT)}
+    _net(name)
+    given = {
+        entry: shape
+        for entry, shape in given.items()
+        if not (entry.endswith(_NO_WEIGHT) or _is_unused(name, entry))
+    }
     expected = _expected_shapes(name, _num_classes(name, given))
     entries = {path: (_entry(name, path), _torch_shape(shape)) for path, shape in expected.items()}
     shapes = dict(entries.values())
+    needed = {
+        entry: shape
+        for entry, shape in shapes.items()
+        if entry not in (MU, SIGMA) or MU in given or SIGMA in given
+    }
     _check_entries(
         name,
-        {entry: _as_linear(shape, shapes.get(entry, ())) for entry, shape in given.items()},
-        shapes,
+        {
+            entry: _as_expected(entry, shape, shapes.get(entry, ()))
+            for entry, shape in given.items()
+        },
+        needed,
     )
     return entries
 
@@ -108,17 +180,30 @@ def layer_names(name: str) -> list[str]:
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _net(name: str) -> models.Net:
+    try:
+        return models.find(name)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+
+
+def _is_unused(name: str, entry: str) -> bool:
+    return re.fullmatch(_net(name).torch_layout.unused, entry) is not None
+
+
 def _entry(name: str, path: Path) -> str:
     """Returns PyTorch's name of the variable at a path."""
-    renamed = models.NETS[name].torch_layout.renamed
-    return ".".join((*(renamed.get(part, part) for part in path[1:-1]), _TORCH_LEAF[path[-1]]))
+    renamed = _net(name).torch_layout.renamed
+    layers = (renamed.get(part, part) for part in path[1:-1])
+    return ".".join((*(layer for layer in layers if layer), _TORCH_LEAF.get(path[-1], path[-1])))
 
 
 def _num_classes(name: str, given: Mapping[str, Shape]) -> int | None:
     """Returns the number of outputs of the last layer; None, which stands for the net's own number,
     where the layer is missing or has fewer than two outputs.
     """
-    head = _entry(name, ("params", models.NETS[name].torch_layout.head, "kernel"))
+    head = _entry(name, ("params", _net(name).torch_layout.head, "kernel"))
     shape = given.get(head, ())
     # An empty array may claim any number.
     return shape[0] if shape and shape[0] >= 2 and 0 not in shape else None
@@ -146,10 +231,13 @@ def _torch_shape(shape: Shape) -> Shape:
     return (shape[-1], shape[-2], *shape[:-2]) if len(shape) > 1 else shape
 
 
-def _as_linear(shape: Shape, expected: Shape) -> Shape:
-    """Returns the expected shape where it is a linear layer's and the given one is that of the same
-    layer as a convolution over whole maps; otherwise the given shape.
+def _as_expected(entry: str, shape: Shape, expected: Shape) -> Shape:
+    """Returns the expected shape where the given one is another way to write it: of mu and sigma
+    with any axes, and of a linear layer as a convolution over whole maps. Otherwise returns the
+    given shape.
     """
+    if entry in (MU, SIGMA) and math.prod(shape) in (1, math.prod(expected)):
+        return expected
     if (
         len(shape) == 4
         and len(expected) == 2
@@ -160,11 +248,16 @@ def _as_linear(shape: Shape, expected: Shape) -> Shape:
     return shape
 
 
+def _reshaped(array: np.ndarray, shape: Shape) -> np.ndarray:
+    """Reshapes an array; one number stands for all."""
+    return np.resize(array, shape) if array.size == 1 else array.reshape(shape)
+
+
 def _flax_array(array: np.ndarray, flattened: tuple[int, int, int] | None) -> np.ndarray:
     """Brings the axes of a PyTorch array into Flax's order, and the inputs of a linear layer that
     reads flattened maps as well.
     """
-    if array.ndim == 1:
+    if array.ndim < 2:
         return array
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
