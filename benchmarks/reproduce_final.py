@@ -42,7 +42,10 @@ from dd_jax.results.report import DEFENDED, REFERENCE, has_figures, read_report
 from dd_jax.training import TrainState
 
 CARLINI_WAGNER_IMAGES = 1_000
-OVERRIDES = (f"evaluation.carlini_wagner_examples={CARLINI_WAGNER_IMAGES}",)
+OVERRIDES = (
+    f"evaluation.carlini_wagner_examples={CARLINI_WAGNER_IMAGES}",
+    "evaluation.epoch_examples=1000",  # For Figure 8.
+)
 TABLE_2 = ("deepfool", "fgsm", "pgd", "carlini_wagner", "pass")  # What the paper's table has.
 JPEG_COPY = "CIFAR-10 (JPEG copy)"
 
