@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 LogitsFn = Callable[[Float[Array, "batch ..."]], Float[Array, "batch classes"]]
 """Maps a batch of inputs to a batch of logits, row by row.
@@ -12,6 +12,13 @@ It is all that the core knows of a model. Gradients flow into whatever it closes
 not depend on the other rows (run batch normalization on its stored statistics) nor on its place in
 the batch. An exception is a `logits_fn` that draws random numbers per row (dropout): the core
 recognizes it and calls it with whole batches only, see `dd_jax.xla.closure_convert`.
+"""
+
+RandomKeys = Key[Array, "*batch"] | UInt32[Array, "*batch words"]
+"""One random key, or one per example, (batch,).
+
+With one for all, what an example draws depends on its place in the batch; with its own, it does
+not.
 """
 
 Scalar = float | Float[Array, ""]

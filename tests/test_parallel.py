@@ -55,7 +55,7 @@ def run(mode):
     for i in range(5):
         size = 13 if i == 4 else 16  # The last one is ragged.
         batch = {{"image": random.normal(size=(size, 5, 5, 2)).astype(np.float32),
-                 "label": random.integers(0, 4, size).astype(np.int32), "mask": np.ones(size, np.float32)}}
+                 "label": random.integers(0, 4, size).astype(np.int32), "mask": np.ones(size, np.float32), "number": np.arange(size, dtype=np.int32)}}
         state, measured = step(state, parallel.share_of(batch), jax.random.key(3))
         jax.block_until_ready(state)
     whole = in_memory(batch["image"], batch["label"])
@@ -70,7 +70,13 @@ def run(mode):
     )
     assert found.keys() == streamed.keys() and all(np.isclose(found[name], streamed[name], rtol=1e-5) for name in found), streamed
     leaves = {{jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(state.params)}}
-    return {{"params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
+    drawn = {{}}
+    for name in ("adversarial_pgd", "trades"):  # They start at random points.
+        loss_fn = defenses.make_defense(name, num_attack_steps=1)
+        step = training.make_train_step(model, optimizer, loss_fn, parallel_mode=mode, accumulation_steps=arguments.get("accumulation_steps", 1))
+        first = parallel.replicate(training.initial_state(model, optimizer, (5, 5, 2), 0))
+        drawn[name] = float(step(first, parallel.share_of(batch), jax.random.key(3))[1]["loss"])
+    return {{"drawn": drawn, "params": leaves, "measured": {{k: float(v) for k, v in measured.items()}}, "found": found,
             "streamed": streamed, "devices": parallel.num_devices()}}
 
 by_mode = {{mode: run(mode) for mode in arguments.get("modes", ["auto"])}}
@@ -154,6 +160,7 @@ def assert_same(actual, wanted):
         np.testing.assert_allclose(
             actual["params"][name], values, rtol=1e-5, atol=1e-5, err_msg=name
         )
+    np.testing.assert_allclose(*([*x["drawn"].values()] for x in (actual, wanted)), rtol=1e-5)
     for name, value in wanted["measured"].items():
         np.testing.assert_allclose(
             actual["measured"][name], value, rtol=1e-4, atol=1e-5, err_msg=name

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks._queue import next_rows, plan_turns
 from dd_jax.norms import Bounds, Norm, per_example, project, sample_in_ball, stay_within
 from dd_jax.norms import steepest_direction as steepest
+from dd_jax.types import RandomKeys
 from dd_jax.xla.closure_convert import ApplyFn, Closure, Traces
 
 
@@ -42,7 +43,7 @@ class Ascent(NamedTuple):
 
 
 def start_ascent(
-    problem: Problem, rules: Rules, right: Bool[Array, " batch"], key: PRNGKeyArray | None
+    problem: Problem, rules: Rules, right: Bool[Array, " batch"], key: RandomKeys | None
 ) -> Ascent:
     """The state before the first step: at the input, or with a key at a random point of the ball.
 

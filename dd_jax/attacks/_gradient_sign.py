@@ -15,12 +15,12 @@ and not zero, even if a net is so confident that 1 - p_y rounds to 0.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks._arguments import (
     SizeOrSizes,
@@ -31,7 +31,7 @@ from dd_jax.attacks._arguments import (
 )
 from dd_jax.attacks._ascent import Problem, Rules, ascend, start_ascent, steepest_ascent
 from dd_jax.norms import Bounds, Norm, check_bounds, is_known, per_example, project, stay_within
-from dd_jax.types import AttackResult, LogitsFn
+from dd_jax.types import AttackResult, LogitsFn, RandomKeys
 from dd_jax.xla.closure_convert import closure_convert
 
 EpsilonFn = Callable[[Float[Array, " batch"]], Array]
@@ -92,7 +92,7 @@ def fgsm(
     >>> found.perturbation.tolist(), bool(found.success[0])
     ([[-0.5, -0.5]], True)
     """
-    one_step = dict(step_size=epsilon, num_steps=1)
+    one_step: dict[str, Any] = dict(step_size=epsilon, num_steps=1)
     return pgd(
         logits_fn,
         inputs,
@@ -115,7 +115,7 @@ def pgd(
     num_steps: int = 40,
     norm: Norm = "linf",
     bounds: Bounds | None = None,
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     early_stop: bool = True,
 ) -> AttackResult:
     """Projected gradient ascent of the cross-entropy: D_k+1 = B(P(D_k + step_size * d(x + D_k))).
@@ -127,8 +127,9 @@ def pgd(
       step_size: the length of a step, before P, in the same units (not relative to epsilon); one
         number, or one per example.
       num_steps: the largest number of steps.
-      key: for a random start, D_0 uniform in the ball; the draw of an example depends on its place
-        in the batch. None: D_0 = 0.
+      key: for a random start, D_0 uniform in the ball; one random key, or one per example,
+        (batch,). With one for all, the draw of an example depends on its place in the batch. None:
+        D_0 = 0.
       early_stop: stop an example at the first iterate that is misclassified, so that success is
         judged at *every* iterate. False: all examples take all steps, also those that are
         misclassified already, and success is judged at the *last* iterate.

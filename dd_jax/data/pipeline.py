@@ -69,18 +69,18 @@ class InMemory(NamedTuple):
         """Returns a context that gives the batch of any step, this process's share of it."""
 
         def batch_of_step(step: int) -> Batch:
-            return parallel.share_of(
-                data.training_batch(
-                    self.train_inputs,
-                    self.data.train_labels,
-                    batch_size=batch_size,
-                    seed=seed,
-                    step=step,
-                    flip=self.flip,
-                    crop_padding=self.crop_padding,
-                    padding_value=self.padding_value,
-                )
+            whole = data.training_batch(
+                self.train_inputs,
+                self.data.train_labels,
+                batch_size=batch_size,
+                seed=seed,
+                step=step,
+                flip=self.flip,
+                crop_padding=self.crop_padding,
+                padding_value=self.padding_value,
             )
+            places = np.arange(batch_size, dtype=np.int32)
+            return parallel.share_of(whole | {"number": places})
 
         return contextlib.nullcontext(batch_of_step)
 

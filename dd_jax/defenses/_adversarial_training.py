@@ -8,7 +8,9 @@ with L the cross-entropy, a = mixing_weight and b = fgsm_weight. No gradient flo
 an example like any other.
 """
 
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from typing import Any
+
+from jaxtyping import Array, Float, Int
 
 from dd_jax.attacks import deepfool, fgsm, pgd
 from dd_jax.defenses._cross_entropy import (
@@ -19,14 +21,14 @@ from dd_jax.defenses._cross_entropy import (
     plain_loss,
 )
 from dd_jax.norms import Norm
-from dd_jax.types import LogitsFn
+from dd_jax.types import LogitsFn, RandomKeys
 
 
 def adversarial_deepfool_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     *,
     mixing_weight: float = 0.5,
     norm: Norm = "l2",
@@ -44,7 +46,7 @@ def adversarial_deepfool_loss(
     `dd_jax.deepfool`. Metrics: those of `plain_loss`, "adversarial_cross_entropy" and
     "adversarial_correct". The key is not used. ValueError unless mixing_weight is within 0..1.
     """
-    options = dict(norm=norm, num_steps=num_steps, overshoot=overshoot)
+    options: dict[str, Any] = dict(norm=norm, num_steps=num_steps, overshoot=overshoot)
     options |= dict(num_candidates=num_candidates, class_chunk_size=class_chunk_size)
     check_shares(mixing_weight=mixing_weight)
     clean, metrics = plain_loss(logits_fn, inputs, labels)
@@ -57,7 +59,7 @@ def adversarial_fgsm_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     *,
     fgsm_weight: float = 0.5,
     epsilon: float = 0.1,
@@ -91,7 +93,7 @@ def adversarial_pgd_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
+    key: RandomKeys,
     *,
     epsilon: float = 0.1,
     attack_norm: Norm = "linf",
@@ -111,7 +113,8 @@ def adversarial_pgd_loss(
     attack_norm, or no steps.
     """
     check_not_negative(epsilon=epsilon, relative_step_size=relative_step_size)
-    options = dict(norm=attack_norm, num_steps=num_attack_steps, key=key, early_stop=False)
+    options: dict[str, Any] = dict(norm=attack_norm, num_steps=num_attack_steps)
+    options |= dict(key=key, early_stop=False)
     options |= dict(epsilon=epsilon, step_size=relative_step_size * epsilon)
     _, metrics = plain_loss(logits_fn, inputs, labels)
     perturbation = pgd(logits_fn, inputs, labels, **options).perturbation

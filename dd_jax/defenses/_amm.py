@@ -17,9 +17,11 @@ The authors leave out examples that DeepFool does not fool within its steps, unl
 (`--use-failed`); here they are in, with what the steps add up to.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax._margin import Gradient
 from dd_jax.deep_defense import signed_margin
@@ -31,7 +33,7 @@ from dd_jax.defenses._cross_entropy import (
 )
 from dd_jax.defenses._deep_defense import named_penalty
 from dd_jax.norms import lp_norm
-from dd_jax.types import LogitsFn
+from dd_jax.types import LogitsFn, RandomKeys
 
 AGGREGATIONS = ("min", "mean")
 
@@ -40,7 +42,7 @@ def amm_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     *,
     penalty_weight: float = 15.0,
     penalty: str = "exponential",
@@ -75,7 +77,8 @@ def amm_loss(
     check_not_negative(penalty_weight=penalty_weight)
     scales = dict(correct_scale=absolute_correct_scale, wrong_scale=absolute_wrong_scale)
     penalty_fn = named_penalty(penalty, **scales)
-    options = dict(num_steps=num_steps, overshoot=overshoot, gradient_offset=gradient_offset)
+    options: dict[str, Any] = dict(num_steps=num_steps, overshoot=overshoot)
+    options |= dict(gradient_offset=gradient_offset)
     options |= dict(num_candidates=num_candidates, class_chunk_size=class_chunk_size)
     cross_entropy, metrics = plain_loss(logits_fn, inputs, labels)
     relative = signed_margin(logits_fn, inputs, labels, gradient=gradient, **options)

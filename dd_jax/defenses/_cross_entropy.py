@@ -7,10 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dd_jax.attacks._arguments import trace
-from dd_jax.types import LogitsFn
+from dd_jax.types import LogitsFn, RandomKeys
 from dd_jax.xla.closure_convert import closure_convert
 
 Losses = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
@@ -21,7 +21,7 @@ def plain_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
 ) -> Losses:
     """Cross-entropy per example, -log softmax(logits)[label].
 

@@ -10,7 +10,7 @@ import inspect
 from functools import partial
 from typing import Any
 
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dd_jax import attacks, deep_defense
 from dd_jax._margin import Gradient
@@ -18,7 +18,7 @@ from dd_jax.defenses._adversarial_training import fgsm_examples_loss
 from dd_jax.defenses._cross_entropy import Losses, check_not_negative
 from dd_jax.norms import Norm
 from dd_jax.penalties import PENALTIES, PenaltyFn
-from dd_jax.types import LogitsFn, Solver
+from dd_jax.types import LogitsFn, RandomKeys, Solver
 
 SOLVERS = ("deepfool", "ddn", "fmn", "superdeepfool")
 
@@ -27,7 +27,7 @@ def deep_defense_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     *,
     penalty_weight: float = 15.0,
     penalty: str = "exponential",
@@ -53,7 +53,8 @@ def deep_defense_loss(
     key is not used. ValueError for an unknown name, for a solver that does not measure in `norm`,
     and as there.
     """
-    options = dict(penalty_fn=named_penalty(penalty), solver=named_solver(solver, norm), norm=norm)
+    options: dict[str, Any] = dict(penalty_fn=named_penalty(penalty), norm=norm)
+    options |= dict(solver=named_solver(solver, norm))
     options |= dict(penalty_weight=penalty_weight, gradient=gradient)
     options |= dict(correct_scale=correct_scale, wrong_scale=wrong_scale)
     options |= dict(num_steps=num_steps, overshoot=overshoot, gradient_offset=gradient_offset)
@@ -65,7 +66,7 @@ def deep_defense_fgsm_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray | None = None,
+    key: RandomKeys | None = None,
     *,
     fgsm_weight: float = 0.5,
     epsilon: float = 0.1,

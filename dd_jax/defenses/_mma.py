@@ -17,9 +17,11 @@ examples, so PGD always searches the whole ball here. Their search calls an exam
 margin of the logits; here the prediction decides.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks import pgd
 from dd_jax.defenses._cross_entropy import (
@@ -31,14 +33,14 @@ from dd_jax.defenses._cross_entropy import (
     without_gradient,
 )
 from dd_jax.norms import Norm, lp_norm, per_example
-from dd_jax.types import LogitsFn
+from dd_jax.types import LogitsFn, RandomKeys
 
 
 def mma_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
+    key: RandomKeys,
     *,
     max_margin: float = 0.2,
     clean_weight: float = 1 / 3,
@@ -64,7 +66,8 @@ def mma_loss(
     check_not_negative(num_bisections=num_bisections)
     clean, metrics = plain_loss(logits_fn, inputs, labels)
     right = metrics["correct"] > 0
-    options = dict(norm=attack_norm, num_steps=num_attack_steps, key=key, early_stop=False)
+    options: dict[str, Any] = dict(norm=attack_norm, num_steps=num_attack_steps)
+    options |= dict(key=key, early_stop=False)
     options |= dict(epsilon=max_margin, step_size=relative_step_size * max_margin)
     attacked = pgd(logits_fn, inputs, labels, **options)
     fooled, longest = right & attacked.success, attacked.perturbation

@@ -50,12 +50,14 @@ class BoundDefense(NamedTuple):
 
 
 _DEEPFOOL = ("num_steps", "overshoot", "num_candidates", "class_chunk_size")
+_DEEP_DEFENSE: tuple[str, ...]
 _DEEP_DEFENSE = ("penalty_weight", "penalty", "correct_scale", "wrong_scale", "norm", "solver")
 _DEEP_DEFENSE += ("gradient", "gradient_offset", *_DEEPFOOL)
+_AMM: tuple[str, ...]
 _AMM = ("penalty_weight", "penalty", "absolute_correct_scale", "absolute_wrong_scale")
 _AMM += ("aggregation", "worst_fraction", "gradient", "gradient_offset", *_DEEPFOOL)
 _ATTACK = ("attack_norm", "num_attack_steps", "relative_step_size")
-_EPSILON = dict(swept="epsilon", swept_symbol=r"$\epsilon$")
+_EPSILON: dict[str, Any] = dict(swept="epsilon", swept_symbol=r"$\epsilon$")
 
 DEFENSES: dict[str, Defense] = {
     "clean": Defense(plain_loss, label="Clean"),

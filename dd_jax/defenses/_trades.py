@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dd_jax.defenses._cross_entropy import (
     Losses,
@@ -16,8 +16,8 @@ from dd_jax.defenses._cross_entropy import (
     plain_loss,
     without_gradient,
 )
-from dd_jax.norms import Norm, check_norm, project, steepest_direction
-from dd_jax.types import LogitsFn
+from dd_jax.norms import Norm, check_norm, has_key_per_example, project, steepest_direction
+from dd_jax.types import LogitsFn, RandomKeys
 
 START_DEVIATION = 1e-3  # The authors'. At the inputs themselves the divergence has no gradient.
 
@@ -26,7 +26,7 @@ def trades_loss(
     logits_fn: LogitsFn,
     inputs: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
+    key: RandomKeys,
     *,
     kl_weight: float = 6.0,
     epsilon: float = 0.1,
@@ -52,7 +52,7 @@ def trades_loss(
     check_not_negative(kl_weight=kl_weight, epsilon=epsilon, relative_step_size=relative_step_size)
     check_counts(num_attack_steps=num_attack_steps)
     logits, net = logits_fn(inputs), without_gradient(logits_fn, inputs)
-    noise = START_DEVIATION * jax.random.normal(key, inputs.shape, inputs.dtype)
+    noise = START_DEVIATION * _normal(key, inputs)
     probabilities = jax.nn.softmax(lax.stop_gradient(logits))
     take_step = ascent_step(net, inputs, probabilities, epsilon, relative_step_size, attack_norm)
     start = project(noise, jnp.full(len(inputs), epsilon, inputs.dtype), attack_norm)
@@ -63,6 +63,11 @@ def trades_loss(
     right = (jnp.argmax(attacked, axis=-1) == labels).astype(logits.dtype)
     metrics |= {"divergence": divergence, "adversarial_correct": right}
     return cross_entropy + kl_weight * divergence, metrics
+
+
+def _normal(key: RandomKeys, like: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    draw = lambda key, x: jax.random.normal(key, x.shape, x.dtype)
+    return (jax.vmap(draw) if has_key_per_example(key) else draw)(key, like)
 
 
 def ascent_step(

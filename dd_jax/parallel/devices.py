@@ -102,6 +102,16 @@ def share_of(batch: Batch) -> dict[str, np.ndarray]:
     return {name: values[index::count] for name, values in fill_up(batch, count).items()}
 
 
+def numbered(batch: Batch) -> dict[str, np.ndarray]:
+    """This process's share of a batch with "number", the place of each example in the whole batch.
+
+    What has it already keeps it, such as a share of a numbered batch. Other shares follow one
+    another, process by process.
+    """
+    size, (index, _) = len(batch["mask"]), my_share()
+    return {"number": np.arange(index * size, (index + 1) * size, dtype=np.int32), **batch}
+
+
 def fill_up(batch: Batch, multiple: int) -> dict[str, np.ndarray]:
     """Adds examples until their number is a multiple of `multiple`.
 

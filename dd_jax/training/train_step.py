@@ -59,13 +59,14 @@ def make_logits_fn(
     variables = (
         {"params": params, "batch_stats": batch_stats} if batch_stats else {"params": params}
     )
-    options = {} if dropout_key is None else {"train": True, "rngs": {"dropout": dropout_key}}
+    options: dict[str, Any] = {}
+    if dropout_key is not None:
+        options = dict(train=True, rngs={"dropout": dropout_key})
+    apply_fn: Callable[..., Any] = partial(model.apply, **options)
     if compute_dtype == jnp.float32:
-        return lambda inputs: model.apply(variables, inputs, **options)
+        return lambda inputs: apply_fn(variables, inputs)
     narrow = jax.tree.map(lambda x: x.astype(compute_dtype), variables)
-    return lambda inputs: model.apply(narrow, inputs.astype(compute_dtype), **options).astype(
-        inputs.dtype
-    )
+    return lambda inputs: apply_fn(narrow, inputs.astype(compute_dtype)).astype(inputs.dtype)
 
 
 def initial_state(
@@ -114,8 +115,8 @@ def make_train_step(
     their gradients: the memory of one part is enough. `compute_dtype` as in `make_logits_fn`. The
     state, see `parallel.replicate`, is consumed.
 
-    A defense's random numbers depend on the key, on the step, and on an example's place on its
-    device. They are the same on every device, whose examples differ.
+    A defense gets one random key per example, which depends on the key, on the step and on the
+    example's place in the whole batch, not on how the batch is divided.
 
     update_batch_stats: train batch normalization. Each part of each device is normalized by its own
     mean and variance, filled-up examples included, through which the gradient flows; the net is
@@ -144,17 +145,18 @@ def make_train_step(
         gradient_of = lambda part: jax.grad(objective, has_aux=True)(
             state.params, state.batch_stats, part, step_key
         )
-        numbered = {**batch, "row": jnp.arange(len(batch["mask"]))}
         gradient, sums = parallel.sum_over_devices(
-            parallel.summed_in_parts(gradient_of, numbered, accumulation_steps)
+            parallel.summed_in_parts(gradient_of, batch, accumulation_steps)
         )
         examples = jnp.maximum(sums.pop("examples"), 1)
         gradient, means = jax.tree.map(lambda x: x / examples, (gradient, sums))
         change = means.pop("batch_stats_change", None)
         return _updated(optimizer, defense, state, gradient, change), means
 
-    options = dict(donate_state=True, split_into=accumulation_steps, mode=parallel_mode)
-    return parallel.on_all_devices(train_step, **options)
+    options: dict[str, Any] = dict(donate_state=True, mode=parallel_mode)
+    options["split_into"] = accumulation_steps
+    compiled = parallel.on_all_devices(train_step, **options)
+    return lambda state, batch, key: compiled(state, parallel.numbered(batch), key)
 
 
 def _sums(
@@ -168,9 +170,9 @@ def _sums(
 ) -> tuple[Array, dict[str, Array]]:
     """The sum of the losses over a part's examples with mask 1, and all sums by name."""
     logits_fn = make_logits_fn(model, params, batch_stats, step_key, compute_dtype=compute_dtype)
-    # Another key than the net's masks, and another one for every part.
-    key = jax.random.fold_in(jax.random.fold_in(step_key, DEFENSE_STREAM), part["row"][0])
-    loss, details = defense.loss_fn(logits_fn, part["image"], part["label"], key)
+    key_of = partial(jax.random.fold_in, jax.random.fold_in(step_key, DEFENSE_STREAM))
+    keys = jax.vmap(key_of)(part["number"])
+    loss, details = defense.loss_fn(logits_fn, part["image"], part["label"], keys)
     return _masked_sums(loss, details, part["mask"])
 
 
