@@ -6,6 +6,7 @@ The TensorBoard curves show the same numbers. They are written by tensorboardX (
 """
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import sys
@@ -26,19 +27,44 @@ def append_line(workdir: pathlib.Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines. An incomplete last line of a killed run is skipped."""
-    path = workdir / FILE_NAME
-    for text in path.read_text().splitlines() if path.exists() else []:
+    """The lines. An incomplete last line of a killed run is skipped, and so are damaged lines."""
+    return (line for line in _all_lines(workdir / FILE_NAME) if line is not None)
+
+
+def _all_lines(path: pathlib.Path) -> Iterator[dict[str, Any] | None]:
+    """The complete lines of a file, None for each that is damaged."""
+    content = path.read_bytes() if path.exists() else b""
+    for text in content.split(b"\n")[:-1]:
         try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:  # No JSON, or not even text.
+            yield None
             continue
+        is_whole = isinstance(line, dict) and isinstance(line.get("step"), int)
+        yield line if is_whole and isinstance(line.get("stage"), str) else None
+
+
+def unused(path: pathlib.Path) -> pathlib.Path:
+    """The path, or the first of PATH.1, PATH.2, ... that does not exist."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def forget_lines_after(workdir: pathlib.Path, stage: str, step: int) -> None:
-    """Removes a stage's lines after `step`: those steps were not saved and will be repeated."""
+    """Removes a stage's lines after `step`: those steps were not saved and will be repeated.
+
+    Where lines are damaged, stderr says so, and a copy is kept as metrics.jsonl.damaged.
+    """
     path = workdir / FILE_NAME
     if path.exists():
+        if num_damaged := sum(line is None for line in _all_lines(path)):
+            aside = unused(path.with_name(f"{path.name}.damaged"))
+            aside.write_bytes(path.read_bytes())
+            print(
+                f"{num_damaged} lines of {path} are damaged and left out from now on; the file as "
+                f"it was is kept as {aside}.",
+                file=sys.stderr,
+            )
         kept = [
             line for line in read_lines(workdir) if line["stage"] != stage or line["step"] <= step
         ]

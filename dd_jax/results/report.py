@@ -7,9 +7,11 @@ measurement of the same images adds to it. No final figure is kept anywhere else
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dd_jax import log
 from dd_jax.results.curves import AUTOATTACK, points, with_points
 from dd_jax.results.tables import PAPERS, Row, has_published, text_table
 
@@ -64,8 +66,18 @@ def file_name(limit: int | None) -> str:
 
 
 def write_report(report: Report, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes the report, whole or not at all, and returns its path."""
+    """Writes the report, whole or not at all, and returns its path.
+
+    A damaged report in its place is kept beside it, under a name that stderr tells.
+    """
     path = workdir / file_name(report.limit)
+    if path.exists() and read_report(workdir, report.limit) is None:
+        aside = log.unused(path.with_name(f"{path.name}.damaged"))
+        path.replace(aside)
+        print(
+            f"{path} was damaged and is now {aside}; it is written anew with what is measured now.",
+            file=sys.stderr,
+        )
     partial = path.with_suffix(".partial")
     partial.write_text(as_json(report._asdict()))
     partial.replace(path)
@@ -90,7 +102,18 @@ def read_report(workdir: pathlib.Path, limit: int | None = None) -> Report | Non
         return None
     fields = {"remarks": [], "xla_flags": "", "limit": limit} | _with_new_names(fields)
     known = {name: fields.get(name) for name in Report._fields}
-    return Report(**known) if isinstance(known["measured"], dict) else None
+    return Report(**known) if _is_whole(known) else None
+
+
+def _is_whole(fields: Mapping[str, Any]) -> bool:
+    """Whether what is read of a report has the types that the rest relies on."""
+    measured = fields["measured"]
+    return (
+        isinstance(measured, dict)
+        and all(isinstance(figures, dict) for figures in measured.values())
+        and isinstance(fields["config"], dict)
+        and isinstance(fields["names"], list)
+    )
 
 
 def _with_new_names(value: Any) -> Any:
@@ -130,10 +153,13 @@ def has_figures(report: Report, stage: str, names: Sequence[str]) -> bool:
 
 
 def forget_stage(workdir: pathlib.Path, stage: str) -> None:
-    """Removes what the reports of a run directory hold of a stage, whose net is trained again."""
+    """Removes what the reports of a run directory hold of a stage, whose net is trained again, and
+    their pages.
+    """
     for path in workdir.glob("report*.json"):
         limit = path.stem.removeprefix("report").removeprefix("_first_")
         report = read_report(workdir, int(limit) if limit.isdecimal() else None)
+        path.with_suffix(".html").unlink(missing_ok=True)
         if report is not None and stage in report.measured:
             del report.measured[stage]
             if report.measured:
