@@ -130,6 +130,11 @@ def get_config() -> ConfigDict:
                 # DDN and FMN are slow: only the first so many test images
                 "minimum_norm_examples": 500,
                 "minimum_norm_num_steps": 1000,  # of DDN and FMN
+                # AutoAttack's ball, only measured where it is asked for (--measure autoattack)
+                "autoattack_norm": "linf",  # l1, l2, linf
+                "epsilon": 0.1,  # its radius, in the units of the inputs
+                "autoattack_version": "standard",  # standard, plus
+                "autoattack_examples": 1000,  # only the first so many test images
             },
         }
     ).lock()  # A misspelled field in a configuration is an error.

@@ -14,6 +14,8 @@ with extras.needed("all"):
 DESCRIPTION = """Measures a finished run, from its checkpoints, draws its figures; compares runs.
 
     {evaluate} --workdir runs/digits_mlp [--measure deepfool fgsm ...] [--limit N]
+        [--config.evaluation.FIELD=VALUE ...]
+    {evaluate} --workdir runs/digits_mlp --measure autoattack --config.evaluation.epsilon=0.1
     {compare} runs/ten/* [--out runs/comparison]
 
 The first writes report.json and plots/ into the run directory. The second prints the paper's table,
@@ -46,7 +48,8 @@ def _add_options(parser: command_line.ArgumentParser) -> None:
         "--measure",
         nargs="+",
         choices=evaluation.NAMES,
-        help="what to measure beside the accuracy; default: all that the run's inputs allow",
+        help="what to measure beside the accuracy; default: all that the run's inputs allow "
+        "but autoattack, which takes far longer",
     )
     parser.add_argument(
         "--limit", type=command_line.positive, help="measure the first so many test images only"
@@ -62,17 +65,17 @@ def _add_options(parser: command_line.ArgumentParser) -> None:
 
 def _run(parser: command_line.ArgumentParser, arguments: Sequence[str]) -> None:
     def parsed() -> None:
-        _main(parser.parse_args(arguments))
+        _main(*parser.parse_known_args(arguments))
 
     command_line.run(parsed, xla.set_flags().sentence)
 
 
-def _main(chosen: Namespace) -> None:
+def _main(chosen: Namespace, overrides: Sequence[str]) -> None:
     command_line.join_processes(chosen)
     options = dict(names=chosen.measure, limit=chosen.limit)
     if chosen.compare:
         compare_fn = partial(comparison.compare, chosen.compare, chosen.out, **options)
-        command_line.say(compare_fn(data_dir=chosen.data_dir))
+        command_line.say(compare_fn(data_dir=chosen.data_dir, overrides=overrides))
         return
-    run = build.open_run(chosen.workdir, chosen.data_dir)
+    run = build.open_run(chosen.workdir, chosen.data_dir, overrides)
     command_line.say(comparison.measure_run(run, **options))

@@ -12,6 +12,7 @@ measuring again after every epoch compiles nothing. Memory is that of one batch.
 How what is run on the device is compiled stands in `dd_jax.evaluation.programs`.
 """
 
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dd_jax.data import Examples
 from dd_jax.evaluation import metrics
+from dd_jax.evaluation.autoattack import AutoAttack
+from dd_jax.evaluation.autoattack_programs import Setting
 from dd_jax.evaluation.measurements import (
     MEASUREMENTS,
     MINIMUM_NORM,
@@ -44,7 +47,8 @@ from dd_jax.log import progress
 
 Bounds = Sequence[Array | np.ndarray | float]
 ToImages = Callable[[np.ndarray], np.ndarray]
-NAMES = (*metrics.MEASUREMENTS, "pass")
+AUTOATTACK = "autoattack"
+NAMES = (*metrics.MEASUREMENTS, "pass", AUTOATTACK)
 # Of the first search for `half_epsilon`; later ones have as many points.
 GRID_SIZE, GRID_SPAN = 16, 1000.0
 PRECISION, SMALLEST = 1e-3, 1e-6  # Relative to the epsilon found, and to the largest.
@@ -61,10 +65,11 @@ class Evaluator:
         starts.
       carlini_wagner_examples: measure C&W, which is slow, on the first of these only. None: on all.
       minimum_norm_examples: the same for DDN and FMN, and their robustness curves.
+      autoattack: what AutoAttack is to measure. autoattack_examples: on how many.
       bounds: (lower, upper) of inputs, numbers or arrays that broadcast to a batch, for FGSM and
         PGD. None: they are not clipped.
-      box: the same for C&W, which needs one, DDN and FMN. None: the bounds, or else the least and
-        the greatest value among all inputs.
+      box: the same for C&W, which needs one, DDN, FMN and AutoAttack. None: the bounds, or else the
+        least and the greatest value among all inputs.
       to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
       show_progress: whether there are progress bars.
       compile_fn: see `dd_jax.evaluation.programs`.
@@ -81,6 +86,8 @@ class Evaluator:
         batch_size: int = 500,
         carlini_wagner_examples: int | None = 500,
         minimum_norm_examples: int | None = 500,
+        autoattack: Setting = Setting(),  # noqa: B008
+        autoattack_examples: int | None = 1000,
         bounds: Bounds | None = None,
         box: Bounds | None = None,
         to_images: ToImages | None = None,
@@ -90,6 +97,7 @@ class Evaluator:
         check_counts(
             carlini_wagner_examples=carlini_wagner_examples,
             minimum_norm_examples=minimum_norm_examples,
+            autoattack_examples=autoattack_examples,
         )
         self.settings, self.show_progress = settings, show_progress
         self._apply_fn, self._examples, self._batch_size = apply_fn, examples, batch_size
@@ -100,6 +108,14 @@ class Evaluator:
         self._bounds, self._box = bounds, box if box is not None else bounds
         self._compile_fn = compile_fn
         self._compiled: dict[tuple[str, ...], BatchFn] = {}
+        self._autoattack = AutoAttack(
+            apply_fn,
+            limited(examples, autoattack_examples),
+            bounds=broadcast(examples.limits if self._box is None else self._box, examples.shape),
+            batch_size=batch_size,
+            compile_fn=compile_fn,
+        )
+        self.autoattack = autoattack
 
     def measure(
         self,
@@ -109,6 +125,7 @@ class Evaluator:
         limit: int | None = None,
         description: str = "measuring",
         show_progress: bool | None = None,
+        save_to: pathlib.Path | None = None,
     ) -> Summary:
         """Accuracy, and what the named measurements give.
 
@@ -118,6 +135,7 @@ class Evaluator:
           limit: measure the first `limit` examples only.
           description: in front of the progress bars.
           show_progress: None: as the evaluator was told.
+          save_to: a file in which AutoAttack keeps how far it is, to go on from. None: nowhere.
 
         Returns:
           By name: "num_examples", then the figures of `metrics.summarize`; "fgsm": also
@@ -125,7 +143,8 @@ class Evaluator:
           "carlini_wagner_examples"; "ddn", "fmn_linf" and "fmn_l1": also "ddn_examples" and
           "ddn_curve", a `metrics.robustness_curve`, and so on; "pass": DeepFool's figures, "pass",
           which is PASS of its examples, and "pass_unaligned", the share of those that could not be
-          aligned. It can be written as JSON.
+          aligned; "autoattack": a list with what `AutoAttack.measure` returns. It can be written as
+          JSON.
 
         Raises:
           ValueError: no examples, an unknown name, PASS without `to_images`, or options that make
@@ -137,7 +156,7 @@ class Evaluator:
             check_pass(self._to_images)
         examples = limited(self._examples, limit)
         show = dict(show_progress=show_progress)
-        fast = tuple(name for name in names if name not in self._few)
+        fast = tuple(name for name in names if name not in self._few and name != AUTOATTACK)
         found = self._summary(variables, fast, examples, description, self._bounds, **show)
         box = examples.limits if self._box is None else self._box
         for slow in dict.fromkeys(name for name in names if name in self._few):
@@ -145,6 +164,10 @@ class Evaluator:
             more = self._summary(variables, (slow,), few, f"{description} ({title})", box, **show)
             found[f"{slow}_examples"] = more.pop("num_examples")
             found |= {name: value for name, value in more.items() if name not in found}
+        if AUTOATTACK in names:
+            options: dict[str, Any] = dict(description=f"{description} AutoAttack", limit=limit)
+            options |= dict(save_to=save_to, show_progress=self._shows(show_progress))
+            found[AUTOATTACK] = [self._autoattack.measure(variables, self.autoattack, **options)]
         if "fgsm" in names:
             epsilons = curve_epsilons(self.settings)
             found["fgsm_curve"] = {"epsilons": epsilons, "success": found["fgsm_curve"]}
@@ -254,11 +277,13 @@ class Evaluator:
         assert total is not None  # `limited` refuses to measure nothing.
         return metrics.summarize(total) | curves_of(sizes)
 
+    def _shows(self, show_progress: bool | None) -> bool:
+        return self.show_progress if show_progress is None else show_progress
+
     def _batches(
         self, examples: Examples, description: str, show_progress: bool | None
     ) -> Iterator[Mapping[str, np.ndarray]]:
-        show = self.show_progress if show_progress is None else show_progress
-        return batches(examples, self._batch_size, description, show)
+        return batches(examples, self._batch_size, description, self._shows(show_progress))
 
 
 def first_half(

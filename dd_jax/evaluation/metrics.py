@@ -11,7 +11,7 @@ the judge counts, and the summary reports the number of disagreements.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -188,8 +188,9 @@ def disagreements_name(name: str) -> str:
     return f"{name}_disagreements"
 
 
-def remarks(summary: Summary, label: str) -> list[str]:
-    """A sentence for every attack whose own success differed from a plain forward pass.
+def remarks(summary: Mapping[str, Any], label: str) -> list[str]:
+    """A sentence for every attack whose own success differed from a plain forward pass, and for
+    every net of which AutoAttack says little.
 
     label: the name of the net.
     """
@@ -202,4 +203,6 @@ def remarks(summary: Summary, label: str) -> list[str]:
                 f"disagree on {number} of {examples} "
                 "images; the figures count the forward pass."
             )
+    for found in summary.get("autoattack") or ():
+        sentences += [f"AutoAttack on {label}: {text}" for text in found.get("remarks", ())]
     return sentences

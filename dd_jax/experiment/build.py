@@ -1,7 +1,9 @@
 """From a configuration to a run. Configurations stop here: a run holds plans and plain values."""
 
 import pathlib
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -63,7 +65,7 @@ def build_run(config: ConfigDict, workdir: pathlib.Path, *, like: Run | None = N
         )
     if like is None:
         saved = workdir / "preprocessing.npz"
-        fitted = Preprocessing.load(saved) if saved.exists() else None
+        fitted = _fitted(saved) if saved.exists() else None
         feed, preprocessing = open_inputs(config, fitted)
         model = models.create(config.model.name, num_classes=feed.num_classes)
         evaluator = make_evaluator(config, model, feed, preprocessing)
@@ -82,20 +84,35 @@ def build_run(config: ConfigDict, workdir: pathlib.Path, *, like: Run | None = N
     return Run(workdir, facts, *shared, source, load_reference)
 
 
-def open_run(workdir: pathlib.Path, data_dir: str | None = None) -> Run:
-    """The run of a directory that train.py made; `data_dir` where its data has moved."""
-    config = load(workdir)
+def _fitted(path: pathlib.Path) -> Preprocessing:
+    try:
+        return Preprocessing.load(path)
+    # What NumPy and zipfile raise of a damaged file.
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigurationError(
+            f"{path} is damaged ({type(error).__name__}): remove it, and rerun train.py, which "
+            "fits it to the training images again."
+        ) from error
+
+
+def open_run(
+    workdir: pathlib.Path, data_dir: str | None = None, overrides: Sequence[str] = ()
+) -> Run:
+    """The run of a directory that train.py made; `data_dir` where its data has moved. `overrides`
+    change how it is measured.
+    """
+    config = load(workdir, overrides)
     if data_dir:
         config.data.dir = data_dir
     return build_run(config, workdir)
 
 
-def open_run_like(run: Run, workdir: pathlib.Path) -> Run:
+def open_run_like(run: Run, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Run:
     """Another run on the same data, which is not loaded again.
 
     ConfigurationError if its data, net, input space or settings of the measurements differ.
     """
-    config = load(workdir)
+    config = load(workdir, overrides)
     config.data.dir = run.facts.config["data.dir"]
     ours, theirs = how_measured(run.facts.config), how_measured(flatten(config))
     names = ours.keys() | theirs.keys()

@@ -12,10 +12,12 @@ from dd_jax import data, defenses, evaluation, parallel
 from dd_jax.evaluation import remarks
 from dd_jax.experiment.build import Run, check_finished, open_run, open_run_like, restore_state
 from dd_jax.experiment.configuration import ConfigurationError
-from dd_jax.experiment.figures import Net, draw_comparison, draw_run, fooling_examples
+from dd_jax.experiment.figures import PLOTS, Net, fooling_examples
 from dd_jax.experiment.measuring import measure_state, variables_of
+from dd_jax.experiment.pages import write_comparison_page, write_run_page
 from dd_jax.experiment.plans import how_measured
 from dd_jax.experiment.reporting import add_to_report, make_report
+from dd_jax.results.curves import AUTOATTACK, points
 from dd_jax.results.report import (
     DEFENDED,
     REFERENCE,
@@ -42,14 +44,13 @@ Paths = Sequence[pathlib.Path]
 
 
 def measure_run(run: Run, *, names: Names | None = None, limit: int | None = None) -> str:
-    """Measures both nets of a run, writes report.json and plots/ into its directory, and returns
-    what to print.
+    """Measures both nets of a run, writes report.json, report.html and plots/ into its directory,
+    and returns what to print.
     """
     report, path = add_to_report(run, measured_report(run, names=names, limit=limit))
-    if not parallel.is_primary():
-        return ""
-    drawn = draw_run(run.workdir, report, run.facts.input_unit)
-    return f"\n{table(report)}\nwritten to {path}" + (f" and {drawn}" if drawn else "")
+    page = write_run_page(run, report)
+    written = f"{path}, {page.name} and {PLOTS}/"
+    return f"\n{table(report)}\nwritten to {written}" if parallel.is_primary() else ""
 
 
 def all_names(run: Run) -> tuple[str, ...]:
@@ -60,9 +61,14 @@ def all_names(run: Run) -> tuple[str, ...]:
     return tuple(name for name in evaluation.NAMES if name != "pass" or are_images)
 
 
+def default_names(run: Run) -> tuple[str, ...]:
+    """The same without AutoAttack, which takes far longer than all others."""
+    return tuple(name for name in all_names(run) if name != AUTOATTACK)
+
+
 def checked_names(run: Run, names: Names | None) -> tuple[str, ...]:
-    """The measurements asked for, all if None; ConfigurationError for one that the run's inputs do
-    not allow.
+    """The measurements asked for, all but AutoAttack if None; ConfigurationError for one that the
+    run's inputs do not allow.
     """
     allowed = all_names(run)
     refused = set(names or ()) - set(allowed)
@@ -70,7 +76,7 @@ def checked_names(run: Run, names: Names | None) -> tuple[str, ...]:
         raise ConfigurationError(
             f"{', '.join(refused)} cannot be measured of {run.workdir}, whose inputs are no images."
         )
-    return tuple(names or allowed)
+    return tuple(names or default_names(run))
 
 
 def measured_report(run: Run, *, names: Names | None, limit: int | None) -> Report:
@@ -85,15 +91,24 @@ def measured_report(run: Run, *, names: Names | None, limit: int | None) -> Repo
     states = {stage: restore_state(run, stage) for stage in stages}
     for stage, state in states.items():
         options: dict[str, Any] = dict(names=names, limit=limit, name=stage)
+        options["save_in"] = run.workdir
         measured[stage] = measure_state(run.evaluator, state, **options)
     return make_report(run, measured, names=names, limit=limit)
 
 
-def _is_complete(report: Report | None, names: Names) -> bool:
-    """Whether a report holds at least these measurements of both nets."""
-    return report is not None and all(
-        has_figures(report, stage, names) for stage in (REFERENCE, DEFENDED)
-    )
+def _is_complete(run: Run, report: Report | None, names: Names) -> bool:
+    """Whether a report holds at least these measurements of both nets; AutoAttack's in the run's
+    ball.
+    """
+    if report is None:
+        return False
+    asked, ball = [name for name in names if name != AUTOATTACK], run.evaluator.autoattack[:3]
+
+    def holds(stage: str) -> bool:
+        found = [point[:3] for point in points(report.measured.get(stage, {}))]
+        return has_figures(report, stage, asked) and (AUTOATTACK not in names or ball in found)
+
+    return holds(REFERENCE) and holds(DEFENDED)
 
 
 def _reference_measured_elsewhere(
@@ -103,7 +118,7 @@ def _reference_measured_elsewhere(
     if run.reference_source is None:
         return None
     report = read_report(run.reference_source, limit)
-    if report is None or not _is_complete(report, names):
+    if report is None or not _is_complete(run, report, names):
         return None
     same = how_measured(report.config) == how_measured(run.facts.config)
     return report.measured[REFERENCE] if same else None
@@ -116,6 +131,7 @@ def compare(
     names: Names | None = None,
     limit: int | None = None,
     data_dir: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Compares runs on the same data and net: the paper's table, and Figures 5 to 8 in `out`.
     Returns what to print.
@@ -124,8 +140,8 @@ def compare(
     for directories that are no finished runs, or whose data, nets or settings of the measurements
     differ.
     """
-    first = open_run(workdirs[0], data_dir)
-    runs = [first, *(open_run_like(first, workdir) for workdir in workdirs[1:])]
+    first = open_run(workdirs[0], data_dir, overrides)
+    runs = [first, *(open_run_like(first, workdir, overrides) for workdir in workdirs[1:])]
     names = checked_names(first, names)
     for run, stage in itertools.product(runs, (REFERENCE, DEFENDED)):
         check_finished(run, stage)
@@ -138,8 +154,8 @@ def compare(
     if not parallel.is_primary():
         return ""
     _write_tables(rows, notes, out)
-    draw_comparison(nets, out, examples)
-    written = f"written to {out}: table.txt, table.md, comparison.json, figures"
+    write_comparison_page(nets, rows, notes, examples, out)
+    written = f"written to {out}: table.txt, table.md, comparison.json, comparison.html, figures"
     return "\n" + "\n".join([text_table(rows), *notes, written])
 
 
@@ -155,7 +171,7 @@ def _make_directory(out: pathlib.Path) -> None:
 def _complete_report(run: Run, names: Names, limit: int | None) -> Report:
     """The run's report, after measuring what it lacks."""
     report = read_report(run.workdir, limit)
-    if report is not None and _is_complete(report, names):
+    if report is not None and _is_complete(run, report, names):
         return report
     if parallel.is_primary():
         print(f"measuring {run.workdir}", flush=True)

@@ -22,6 +22,7 @@ from dd_jax.data import PREPROCESSINGS, SOURCES, STREAMED_SOURCES
 from dd_jax.defenses._deep_defense import SOLVERS, named_solver
 from dd_jax.experiment import configuration_files
 from dd_jax.experiment.configuration_files import ConfigurationError
+from dd_jax.norms import LP_NORMS
 from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
@@ -38,6 +39,8 @@ CHOICES = {
     "defense.name": defenses.NAMES,
     "defense.norm": ("l2", "linf"),
     "defense.attack_norm": ("l2", "linf"),
+    "evaluation.autoattack_norm": LP_NORMS,
+    "evaluation.autoattack_version": ("standard", "plus"),
     "defense.penalty": tuple(PENALTIES),
     "defense.solver": SOLVERS,
     "defense.gradient": get_args(Gradient),
@@ -75,10 +78,15 @@ ADDED = {
     "defense.worst_fraction": 0.2,
     "evaluation.minimum_norm_examples": 500,
     "evaluation.minimum_norm_num_steps": 1000,
+    "evaluation.autoattack_norm": "linf",
+    "evaluation.epsilon": 0.1,
+    "evaluation.autoattack_version": "standard",
+    "evaluation.autoattack_examples": 1000,
 }
 """Fields that older run directories lack, with the values that change nothing."""
-SHARES = ("defense.mixing_weight", "defense.fgsm_weight", "defense.clean_weight")
-SHARES += ("defense.worst_fraction",)
+SHARES = tuple(
+    f"defense.{name}" for name in ("mixing_weight", "fgsm_weight", "clean_weight", "worst_fraction")
+)
 NUM_SEEDS = 2**32  # JAX's keys keep no more of a seed.
 # Of the evaluation's DeepFool too, whatever the defense. 0: none.
 CLASS_LIMITS = ("num_candidates", "class_chunk_size")
@@ -90,8 +98,9 @@ AT_LEAST_ONE = (
     "num_attack_steps",
     "carlini_wagner_examples",
     "minimum_norm_examples",
+    "autoattack_examples",
 )
-MUST_BE_POSITIVE = ("learning_rate", "max_epsilon")
+MUST_BE_POSITIVE = ("learning_rate", "max_epsilon", "evaluation.epsilon")
 
 
 def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -179,7 +188,7 @@ def _convert(name: str, text: str, present: Any) -> Any:
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         inner = isinstance(value, (ConfigDict, dict))
         flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
@@ -288,11 +297,17 @@ def _comparable(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def load(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration of an existing run directory."""
+def load(workdir: pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration of an existing run directory, measured otherwise where overrides like
+    `--config.evaluation.epsilon=0.2` say so.
+    """
     path = workdir / FILE_NAME
     try:
         config = ConfigDict(_up_to_date(json.loads(path.read_text())))
+        check(config)
+        for override in overrides:
+            _check_is_measured(override)
+            _apply(config, override)
         check(config)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(
@@ -303,6 +318,15 @@ def load(workdir: pathlib.Path) -> ConfigDict:
             f"{path} is damaged, or no run's ({error}); restore it, or give another directory."
         ) from error
     return config
+
+
+def _check_is_measured(override: str) -> None:
+    """ConfigurationError for an override of anything but how a run is measured."""
+    if override.startswith("--config.") and not override.startswith("--config.evaluation."):
+        raise ConfigurationError(
+            f"{override} cannot change a run that is trained; only fields of evaluation can, such "
+            "as --config.evaluation.epsilon=0.2."
+        )
 
 
 def _up_to_date(fields: Any) -> dict[str, Any]:

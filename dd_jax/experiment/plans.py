@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dd_jax import data, defenses, models, parallel, training
 from dd_jax.data import Preprocessing
 from dd_jax.evaluation import Evaluator, Settings
+from dd_jax.evaluation.autoattack_programs import Setting
 from dd_jax.experiment.configuration import (
     ADDED,
     CLASS_LIMITS,
@@ -34,6 +35,10 @@ NO_MATTER_TO_FIGURES = (
     "data.crop_padding",
     "evaluation.batch_size",
     "evaluation.epoch_examples",
+    # A report keeps AutoAttack's results side by side, each with these.
+    "evaluation.autoattack_norm",
+    "evaluation.epsilon",
+    "evaluation.autoattack_version",
 )
 
 
@@ -102,7 +107,7 @@ def make_evaluator(
 ) -> Evaluator:
     """What measures the nets of a run. The limits on the classes are the defense's."""
     named = {name: x for name, x in config.evaluation.items() if name in Settings._fields}
-    limits = {name: config.defense[name] or None for name in CLASS_LIMITS}
+    named |= {name: config.defense[name] or None for name in CLASS_LIMITS}
     compute_dtype = config.model.compute_dtype
 
     def apply_fn(variables: Any, inputs: jax.Array) -> jax.Array:
@@ -113,10 +118,16 @@ def make_evaluator(
     return Evaluator(
         apply_fn,
         feed.test_examples(),
-        settings=Settings(**named, **limits),
+        settings=Settings(**named),
         batch_size=config.evaluation.batch_size,
         carlini_wagner_examples=config.evaluation.carlini_wagner_examples,
         minimum_norm_examples=config.evaluation.minimum_norm_examples,
+        autoattack=Setting(
+            config.evaluation.autoattack_norm,
+            config.evaluation.epsilon,
+            config.evaluation.autoattack_version,
+        ),
+        autoattack_examples=config.evaluation.autoattack_examples,
         bounds=box if config.evaluation.clip else None,
         box=box,
         to_images=data.make_to_images(preprocessing),
@@ -196,7 +207,9 @@ def _centered_maker(
 ) -> Callable[[], TrainState]:
     def make_centered() -> TrainState:
         state = make_state()
-        params = centered(model, state.params, feed.train_inputs[:num_images])
+        # Streamed images are refused where they are opened.
+        inputs = feed.train_inputs[:num_images]  # type: ignore[union-attr]
+        params = centered(model, state.params, inputs)
         return state._replace(params=params)
 
     return make_centered if num_images else make_state

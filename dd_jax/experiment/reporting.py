@@ -21,6 +21,7 @@ from dd_jax.results.report import (
     rows,
     write_report,
 )
+from dd_jax.results.robustbench import write_model_infos
 
 PACKAGES = ("dd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -68,6 +69,7 @@ def add_to_report(run: Run, report: Report) -> tuple[Report, pathlib.Path]:
     whole = _with_remarks(merged(before, report))
     if parallel.is_primary():
         write_report(whole, run.workdir)
+        write_model_infos(whole, run.workdir)
     return whole, run.workdir / file_name(report.limit)
 
 
