@@ -8,7 +8,6 @@ DeepFool, FGSM, PGD, PASS, and C&W on the first CARLINI_WAGNER_IMAGES. A line th
 again; a run that was stopped goes on from its latest checkpoint.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +30,7 @@ from benchmarks.reproduce_search import (
     Settings,
     append_line,
     choose,
+    digest,
     read_config,
     read_lines,
 )
@@ -78,8 +78,7 @@ def read_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
 
 def directory(workdir: pathlib.Path, net: str, seed: int, defense: str, settings: Settings):
     """The run directory of a final run, which other settings do not share."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    name = defense if defense == REFERENCE else f"{defense}-{digest}"
+    name = defense if defense == REFERENCE else f"{defense}-{digest(settings)}"
     return workdir / "final" / net / f"seed_{seed}" / name
 
 

@@ -3,7 +3,7 @@ training images.
 
 A trial is a fine-tuning from one reference net (seed 0), both without the last VALIDATION_IMAGES training
 images; these are what it is measured on. No test image is used. Every defense gets the same number of
-trials: three beginnings, then moves, each of which changes two options of one of the best trials so far.
+trials: four beginnings, then moves, each of which changes two options of one of the best trials so far.
 What the moves look for, the "promise", is the geometric mean of the gains of l_2 (DeepFool) and of rho_inf
 (FGSM) over the reference, less SHORTFALL for every point of accuracy below the reference's. What is chosen
 in the end has an accuracy that is not below the reference's, and of those the greatest gain.
@@ -13,6 +13,7 @@ was stopped, and further than before where more trials are asked for. A trial de
 and on nothing else.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -102,52 +103,52 @@ SPACES: dict[str, dict[str, Option]] = {
 }
 """What is searched, by defense. CIFAR-10's epsilons are a tenth, as its PGD's."""
 
-# Rate, epochs and schedule of the three beginnings; then each defense's own options.
+# Rate, epochs and schedule of the beginnings; then each defense's own options.
 _TRAININGS = (
     (1e-3, 5, "halved_at_four_fifths"),
     (5e-3, 10, "cosine"),
     (1e-2, 10, "cosine"),
+    (5e-3, 10, "cosine"),
 )
-_OWN: dict[str, tuple[Settings, Settings, Settings]] = {
-    "clean": ({}, {}, {}),
-    "parseval": tuple({"defense.beta": beta} for beta in (1e-4, 1e-3, 5e-3)),
-    "adversarial_deepfool": tuple(
-        {"defense.mixing_weight": weight, "defense.norm": norm}
-        for weight, norm in ((0.5, "l2"), (0.2, "l2"), (0.2, "linf"))
+NUM_BEGINNINGS = len(_TRAININGS)
+
+
+def _listed(names: Sequence[str], *rows: Sequence[Any]) -> tuple[Settings, ...]:
+    """Settings from the options' names and a row of values for each beginning."""
+    return tuple(
+        {f"defense.{name}": value for name, value in zip(names, row, strict=True)} for row in rows
+    )
+
+
+_PENALTY = ("penalty_weight", "correct_scale", "wrong_scale", "norm")
+_OWN: dict[str, tuple[Settings, ...]] = {
+    "clean": ({}, {}, {}, {"fine_tuning.average_decay": 0.999}),
+    "parseval": _listed(("beta",), (1e-4,), (1e-3,), (1e-5,), (3e-5,)),
+    "adversarial_deepfool": _listed(
+        ("mixing_weight", "norm"), (0.5, "l2"), (0.2, "l2"), (0.05, "l2"), (0.05, "linf")
     ),
-    "adversarial_fgsm": tuple(
-        {"defense.fgsm_weight": weight, "defense.epsilon": epsilon}
-        for weight, epsilon in ((0.5, 0.1), (0.7, 0.15), (0.9, 0.1))
+    "adversarial_fgsm": _listed(
+        ("fgsm_weight", "epsilon"), (0.5, 0.1), (0.7, 0.15), (0.2, 0.1), (0.3, 0.05)
     ),
-    "deep_defense": tuple(
-        {
-            "defense.penalty_weight": weight,
-            "defense.correct_scale": scale,
-            "defense.wrong_scale": 5.0,
-            "defense.norm": norm,
-        }
-        for weight, scale, norm in ((15.0, 15.0, "l2"), (30.0, 10.0, "l2"), (15.0, 20.0, "linf"))
+    "deep_defense": _listed(
+        _PENALTY,
+        (15.0, 15.0, 5.0, "l2"),
+        (30.0, 10.0, 5.0, "l2"),
+        (60.0, 8.0, 5.0, "l2"),
+        (15.0, 20.0, 5.0, "linf"),
     ),
-    "deep_defense_fgsm": tuple(
-        {
-            "defense.penalty_weight": weight,
-            "defense.correct_scale": scale,
-            "defense.wrong_scale": 5.0,
-            "defense.norm": norm,
-            "defense.fgsm_weight": 0.5,
-            "defense.epsilon": epsilon,
-        }
-        for weight, scale, norm, epsilon in (
-            (15.0, 15.0, "l2", 0.1),
-            (30.0, 10.0, "l2", 0.15),
-            (15.0, 20.0, "linf", 0.1),
-        )
+    "deep_defense_fgsm": _listed(
+        (*_PENALTY, "fgsm_weight", "epsilon"),
+        (15.0, 15.0, 5.0, "l2", 0.5, 0.1),
+        (30.0, 10.0, 5.0, "l2", 0.5, 0.15),
+        (60.0, 8.0, 5.0, "l2", 0.5, 0.2),
+        (15.0, 20.0, 5.0, "linf", 0.5, 0.1),
     ),
 }
 
 
 def beginning(net: str, defense: str, number: int) -> Settings:
-    """The settings of one of the first three trials."""
+    """The settings of one of the first NUM_BEGINNINGS trials."""
     rate, epochs, schedule = _TRAININGS[number]
     training = {RATE: rate, EPOCHS: epochs, SCHEDULE: schedule}
     training |= {"fine_tuning.weight_decay": 5e-4, "fine_tuning.average_decay": 0.0}
@@ -166,7 +167,7 @@ def next_settings(net: str, defense: str, lines: Sequence[Line], reference: Figu
     the best that repeats no earlier trial.
     """
     number, tried = len(lines), [line["settings"] for line in lines]
-    if number < len(_TRAININGS):
+    if number < NUM_BEGINNINGS:
         return beginning(net, defense, number)
     ranked = sorted(lines, key=lambda line: promise(line, reference), reverse=True)
     random = np.random.default_rng((list(SPACES).index(defense), number))
@@ -215,6 +216,11 @@ def choose(lines: Sequence[Line], reference: Figures) -> Line:
     if allowed:
         return max(allowed, key=lambda line: gain(line["figures"], reference))
     return max(done, key=lambda line: promise(line, reference))
+
+
+def digest(settings: Settings) -> str:
+    """Eight letters that stand for settings, in the names of directories."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def read_lines(path: pathlib.Path) -> list[Line]:
@@ -308,7 +314,7 @@ class Search:
 
     def trial(self, defense: str, number: int, settings: Settings) -> Line:
         """Trains and measures; the directory of the trial is gone after that."""
-        workdir, started = self._workdir / f"{defense}_{number}", Clock()
+        workdir, started = self._workdir / f"{defense}-{digest(settings)}", Clock()
         source = f"reference.source={self._workdir / REFERENCE}"
         run = self._run(defense, settings, workdir, source)
         line = {"net": self._net, "defense": defense, "trial": number, "settings": settings}
