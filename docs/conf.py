@@ -23,7 +23,8 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False
+# Annotations are shown as they are written; "Settings" alone may be one of several.
+suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
 html_title = "dd_jax"

@@ -4,7 +4,6 @@ Trains a small net on scikit-learn's digits, then fine-tunes it with the penalty
 test accuracy and the mean relative size of DeepFool's perturbations (rho_2) of both nets.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
