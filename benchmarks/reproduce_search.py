@@ -84,7 +84,7 @@ EVERYONES = {
     "fine_tuning.average_decay": Option((0.0, 0.999)),
 }
 _SHARE = Option((0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9))
-_EPSILON = Option(limits=(0.01, 0.4))
+_EPSILON = Option(limits=(0.001, 0.4))
 _FGSM = {"defense.fgsm_weight": _SHARE, "defense.epsilon": _EPSILON}
 _DEEP_DEFENSE = {
     "defense.penalty_weight": Option(limits=(1.0, 200.0)),
