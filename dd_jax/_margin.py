@@ -244,7 +244,9 @@ def _replay(apply_fn: ApplyFn, options: Options, residuals: tuple, cotangents: t
     start = Replay(num_replayable, cotangents[0], jnp.zeros_like(inputs), parameters_bar)
     step_back = partial(_step_back, apply_fn, options, closure, inputs, trace)
     end = lax.while_loop(lambda state: jnp.any(state.remaining > 0), step_back, start)
-    return Closure(end.parameters_bar, None), Problem(end.inputs_bar, None, None, None)
+    nothing: Any = None  # The cotangent of what has no gradient.
+    problem_bar = Problem(end.inputs_bar, nothing, nothing, nothing)
+    return Closure(end.parameters_bar, nothing), problem_bar
 
 
 def _step_back(

@@ -62,7 +62,6 @@ DISTRIBUTIONS = importlib.metadata.packages_distributions()
 NOT_DECLARED = {
     "absl": "tensorflow-datasets, grain and optax need it",
     "requests": "tensorflow-datasets needs it",
-    "torch": "its extra is for files from before 1.6 only; the tests do without",
 }
 
 

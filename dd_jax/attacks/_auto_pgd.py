@@ -27,7 +27,7 @@ The first step counts as an increase if the loss grows from D_0 to D_1, as in th
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,9 @@ def apgd(
     >>> bool(found.success[0]), bool(jnp.abs(found.perturbation).max() <= 0.6)
     (True, True)
     """
-    options = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key, is_random=is_random)
+    options: dict[str, Any] = dict(
+        norm=norm, epsilon=epsilon, bounds=bounds, key=key, is_random=is_random
+    )
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     counts = (num_steps, num_targets, num_restarts, num_gradient_samples)
     rules = make_rules(net, norm, bounds, loss, *counts)
@@ -220,7 +222,7 @@ def ascend(net: Net, problem: Problem, rules: Rules, active: Bool[Array, " batch
 
 
 def begin(
-    problem: Problem, path: Path, rules: Rules, run: Int[Array, " rows"], scale: float
+    problem: Problem, path: Path, rules: Rules, run: Int[Array, " rows"], scale: float | Array
 ) -> Path:
     """A run at a random point of the ball of radius scale * epsilon."""
     radius = scale * problem.epsilon

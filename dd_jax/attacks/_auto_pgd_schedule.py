@@ -1,10 +1,10 @@
 """The radii and the checkpoints of Auto-PGD's runs; see `dd_jax.attacks._auto_pgd`."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.norms import LpNorm
 
@@ -18,12 +18,12 @@ L1_RADII = ((3.0, 0.3), (2.0, 0.3))
 class Schedule(NamedTuple):
     """What happens at each evaluation of a run, the one at its starting point included."""
 
-    is_first: Bool[np.ndarray, " evaluations"]  # of its radius
-    is_last: Bool[np.ndarray, " evaluations"]
-    counts: Bool[np.ndarray, " evaluations"]  # the radius is epsilon, so that success counts
-    interval: Int[np.ndarray, " evaluations"]  # steps since the last checkpoint; 0: no checkpoint
-    radius: Float[np.ndarray, " evaluations"]  # relative to epsilon
-    next_radius: Float[np.ndarray, " evaluations"]  # of the evaluation after
+    is_first: Bool[Array, " evaluations"]  # of its radius
+    is_last: Bool[Array, " evaluations"]
+    counts: Bool[Array, " evaluations"]  # the radius is epsilon, so that success counts
+    interval: Int[Array, " evaluations"]  # steps since the last checkpoint; 0: no checkpoint
+    radius: Float[Array, " evaluations"]  # relative to epsilon
+    next_radius: Float[Array, " evaluations"]  # of the evaluation after
 
 
 def make_schedule(num_steps: int, norm: LpNorm) -> Schedule:
@@ -38,7 +38,8 @@ def make_schedule(num_steps: int, norm: LpNorm) -> Schedule:
     ends = np.concatenate([np.arange(count + 1) == count for _, count in radii])
     radius = np.concatenate([np.full(count + 1, radius) for radius, count in radii])
     interval = np.concatenate([intervals(count) for _, count in radii])
-    return Schedule(steps == 0, ends, radius == 1, interval, radius, np.roll(radius, -1))
+    arrays: Any = (steps == 0, ends, radius == 1, interval, radius, np.roll(radius, -1))
+    return Schedule(*arrays)  # NumPy's, until a step takes its place in them.
 
 
 def shrinking_intervals(num_steps: int) -> Int[np.ndarray, " evaluations"]:

@@ -138,7 +138,7 @@ def autoattack(
     ([True, False], [-1, 0])
     """
     setting = Setting(norm, bounds, channel_axis)
-    options = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
+    options: dict[str, Any] = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
     names = attack_names(version)
     is_random = version == "rand"
     net, problem, right = prepare(logits_fn, inputs, labels, **options, is_random=is_random)
@@ -164,7 +164,7 @@ def attack_by(
     channel_axis: int = -1,
 ) -> Found:
     """One of AutoAttack's attacks by its name, with the options that it has in that version."""
-    options = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
+    options: dict[str, Any] = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
     net, problem, right = prepare(logits_fn, inputs, labels, **options, is_random=version == "rand")
     attack = part(name, version, Setting(norm, bounds, channel_axis), net, problem)
     return attack(net, problem, right)
@@ -204,10 +204,10 @@ def part(name: str, version: Version, setting: Setting, net: Net, problem: Probl
         return partial(_with_rules, _square.search, rules)
     if name.startswith("fab"):
         is_targeted = name == "fab_targeted"
-        counts = (NUM_STEPS, NUM_TARGETS, 1 if is_targeted else NUM_RESTARTS)
-        rules = _fab.make_rules(net, norm, bounds, *counts, is_targeted=is_targeted)
+        fab_counts = (NUM_STEPS, NUM_TARGETS, 1 if is_targeted else NUM_RESTARTS)
+        rules = _fab.make_rules(net, norm, bounds, *fab_counts, is_targeted=is_targeted)
         return partial(_with_rules, _fab.search, rules)
-    loss = name.removeprefix("apgd_")
+    loss: Any = name.removeprefix("apgd_")
     is_targeted = loss == "dlr_targeted"
     targets, samples = NUM_TARGETS_L1 if in_l1 else NUM_TARGETS, 1
     if version == "rand":

@@ -25,7 +25,7 @@ Differences from the paper, with reasons:
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ from dd_jax.types import AttackResult, LogitsFn
 from dd_jax.xla.closure_convert import ApplyFn, Closure, Traces
 
 FIRST_DECAY, SECOND_DECAY, OFFSET = 0.9, 0.999, 1e-8  # Adam's, as published.
+State = TypeVar("State", bound=tuple)
 GROWTH = 10.0
 """What the constant is multiplied by after a run that did not fool."""
 CHECKS_PER_RUN, LEAST_PROGRESS = 10, 1e-3
@@ -298,6 +299,6 @@ def end_run(state: Attack, problem: Problem, settings: Settings) -> Attack:
     return Attack(run, state.best, constant, lower, upper, num_runs, state.num_steps)
 
 
-def choose(condition: Bool[Array, " rows"], new: tuple, old: tuple) -> tuple:
+def choose(condition: Bool[Array, " rows"], new: State, old: State) -> State:
     """For every array of a state, `new` where the condition holds and `old` elsewhere."""
     return jax.tree.map(lambda x, y: jnp.where(per_example(condition, x), x, y), new, old)

@@ -3,12 +3,14 @@ there; equations in `dd_jax.attacks._carlini_wagner`.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.norms import Bounds, check_bounds, in_words, is_known, lp_norm, per_example, stay_within
 from dd_jax.xla.closure_convert import Traces, closure_convert
@@ -48,13 +50,15 @@ def check_box(bounds: Bounds | None, inputs: Float[Array, "batch ..."]) -> None:
             "bounds is None; this attack needs the range of valid inputs, for example (0.0, 1.0)."
         )
     check_bounds(bounds, inputs)
-    if any(
-        is_known(lambda bound=bound: jnp.any(jnp.isinf(jnp.asarray(bound)))) for bound in bounds
-    ):
+    if any(is_known(partial(_is_infinite, bound)) for bound in bounds):
         raise ValueError(
             f"bounds are {in_words(bounds)}; this attack needs a finite range, for example (0.0, "
             "1.0)."
         )
+
+
+def _is_infinite(bound: ArrayLike) -> Bool[Array, ""]:
+    return jnp.any(jnp.isinf(jnp.asarray(bound)))
 
 
 def make_problem(

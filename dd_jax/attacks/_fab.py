@@ -17,7 +17,7 @@ random D_0 of half the size of the smallest so far.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def fab(
     (True, 0.47)
     """
     radius = 0.0 if epsilon is None else epsilon
-    options = dict(norm=norm, epsilon=radius, bounds=bounds, key=key)
+    options: dict[str, Any] = dict(norm=norm, epsilon=radius, bounds=bounds, key=key)
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     counts = (num_steps, num_targets, num_restarts)
     rules = make_rules(net, norm, bounds, *counts, is_targeted=is_targeted)

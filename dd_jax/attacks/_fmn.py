@@ -141,11 +141,13 @@ def next_perturbation(
     bounds, norm = settings.bounds, settings.norm
     gradient = free_part(view.gradient, path.perturbation, part.inputs, bounds)
     view = view._replace(gradient=gradient)
-    schedule = path.num_steps, settings.num_steps, part.inputs.dtype
-    change = half_cosine(*settings.radius_changes, *schedule)
+    cosine = partial(
+        half_cosine, step=path.num_steps, num_steps=settings.num_steps, dtype=part.inputs.dtype
+    )
+    change = cosine(*settings.radius_changes)
     unfound = (1 + settings.radius_changes[1]) * radius_to_boundary(path, view, norm)
     radius = jnp.minimum(next_radius(path, view, change, unfound), part.largest)
-    length = half_cosine(*settings.step_sizes, *schedule)
+    length = cosine(*settings.step_sizes)
     moved = project(ascended(path, view, length), radius, norm)
     return stay_within(moved, part.inputs, bounds), radius
 

@@ -81,7 +81,7 @@ def _root(
         return jnp.where(moves, further, level), moves, count + 1
 
     goes_on = lambda state: jnp.any(state[1]) & (state[2] < MOST_NEWTON_STEPS)
-    start = jnp.zeros_like(amount), jnp.ones(amount.shape, bool), 0
+    start = jnp.zeros_like(amount), jnp.ones(amount.shape, bool), jnp.zeros((), int)
     level, _, _ = lax.while_loop(goes_on, step, start)
     lacks, grows = missing(level)
     return level, (grows > 0) | (lacks <= 0)

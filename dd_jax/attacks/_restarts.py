@@ -104,7 +104,7 @@ def prepare(
     inputs = lax.stop_gradient(jnp.asarray(inputs))
     epsilon = one_per_example("epsilon", epsilon, inputs)
     keys = key_data(key, inputs)
-    make = partial(random_net, keys=keys) if is_random else fixed_net
+    make: Any = partial(random_net, keys=keys) if is_random else fixed_net
     net = make(logits_fn, inputs)
     logits, labels, right = labels_to_leave(net.traces, inputs, labels)
     return net, Problem(inputs, labels, epsilon, targets_of(logits, labels), keys), right

@@ -23,7 +23,7 @@ batch, and it may touch the lower and the right edge. Fooling means another clas
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def square(
     >>> bool(found.success[0]), bool(jnp.abs(found.perturbation).max() <= 0.5)
     (True, True)
     """
-    options = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
+    options: dict[str, Any] = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     rules = make_rules(problem, norm, bounds, num_queries, share, channel_axis)
     found = search(net, problem, rules, right)

@@ -80,7 +80,7 @@ class InMemory(NamedTuple):
                 padding_value=self.padding_value,
             )
             places = np.arange(batch_size, dtype=np.int32)
-            return parallel.share_of(whole | {"number": places})
+            return parallel.share_of({**whole, "number": places})
 
         return contextlib.nullcontext(batch_of_step)
 

@@ -48,7 +48,8 @@ def clean_programs(apply_fn: ApplyFn, setting: Setting) -> tuple[AttackFn, Judge
         change = jnp.linalg.norm(logits - found["logits"], axis=-1) / size
         one = jnp.abs(jnp.sum(logits, axis=-1) - 1) < IS_ONE
         is_probability = one & jnp.all((logits > -IS_ONE) & (logits < 1 + IS_ONE), axis=-1)
-        odd = (is_probability, lp_norm(found["gradient"], "l1") == 0, ~(change <= SAME))
+        vanishes = lp_norm(jnp.asarray(found["gradient"]), "l1") == 0
+        odd = (is_probability, vanishes, ~(change <= SAME))
         wrong = jnp.argmax(logits, axis=-1) != batch["label"]
         rows = {name: batch[name] for name in ("number", "todo")}
         queries = jnp.ones_like(batch["number"])

@@ -22,8 +22,8 @@ from dd_jax.evaluation.measurements import Found, Problem, Settings, fgsm_direct
 from dd_jax.evaluation.metrics import Sums
 from dd_jax.evaluation.verification import predicted_classes
 
-ApplyFn = Callable[[Any, Array], Array]
-"""(variables, inputs) -> logits, row by row."""
+ApplyFn = Callable[..., Array]
+"""(variables, inputs) -> logits, row by row; of a random net, with a key after them."""
 Rows = dict[str, Shaped[Array | np.ndarray, "batch ..."]]
 Shared = Mapping[str, Any]
 BatchFn = Callable[[Shared, Batch], tuple[Any, Rows | None]]

@@ -16,6 +16,8 @@ _TORCHVISION_ALEXNET = {
     **{f"fc{i}": f"classifier.{place}" for i, place in enumerate((1, 4, 6), start=6)},
 }
 
+_TESTED_WHOLE = ("resnet18", "preactresnet18", "wideresnet28_10")
+
 NETS: dict[str, Net] = {
     "mlp": Net(MLP, TorchLayout("fc3", flattened={"fc1": (1, 28, 28)})),
     "lenet": Net(LeNet, TorchLayout("fc2", flattened={"fc1": (50, 4, 4)})),
@@ -27,7 +29,7 @@ NETS: dict[str, Net] = {
         TorchLayout("fc8", flattened={"fc6": (256, 6, 6)}, renamed=_TORCHVISION_ALEXNET),
     ),
     # Of the families, the nets that are tested whole; `find` knows the others, too.
-    **{name: families.find(name) for name in ("resnet18", "preactresnet18", "wideresnet28_10")},
+    **{name: families.find(name) for name in _TESTED_WHOLE},  # type: ignore[misc]
 }
 
 

@@ -7,7 +7,7 @@ names.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -131,7 +131,8 @@ class PreActivationBlock(nn.Module):
         """Maps (batch, height, width, channels) to (batch, height / stride, width / stride,
         features), sizes rounded up (rounded down where the convolution `pads_after`).
         """
-        norm, plain = {"update_batch_stats": update_batch_stats}, {"use_bias": False}
+        norm = {"update_batch_stats": update_batch_stats}
+        plain: dict[str, Any] = {"use_bias": False}
         padding = _AFTER if self.pads_after and self.stride == 2 else _SYMMETRIC
         strided = {"stride": self.stride, "padding": padding, **plain}
         active = self.activation_fn(self._sparse(0, batch_norm(**norm, name="norm1")(x)))

@@ -26,7 +26,7 @@ _MOST_VARINT_BITS = 70
 _LAYER_FIELDS = {2: (4, 6), 100: (1, 7)}  # In NetParameter: (name, blobs).
 _V0_LAYER = 1  # In V1LayerParameter: the whole layer, in Caffe before 2014.
 _LEGACY_SHAPE = (1, 2, 3, 4)
-_DATA = {5: np.dtype("<f4"), 8: np.dtype("<f8")}
+_DATA: dict[int, np.dtype] = {5: np.dtype("<f4"), 8: np.dtype("<f8")}
 _ENTRIES = ("weight", "bias")
 _MOST_AXES = 8
 
@@ -71,7 +71,9 @@ def _weights(net: memoryview) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _array(blob: int | memoryview, entry: str) -> np.ndarray:
-    shape, legacy, parts = [], {}, {field: [] for field in _DATA}
+    shape: list[int] = []
+    legacy: dict[int, int] = {}
+    parts: dict[int, list[memoryview]] = {field: [] for field in _DATA}
     for field, value in _fields(_message(blob)):
         if field == 7:
             shape += _dimensions(_message(value), entry)

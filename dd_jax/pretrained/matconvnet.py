@@ -42,7 +42,8 @@ _NUMBERS = {
     13: "u8",
 }
 # Classes of arrays.
-_CELL, _STRUCT, _FLOATS = 1, 2, {6: np.dtype(np.float64), 7: np.dtype(np.float32)}
+_CELL, _STRUCT = 1, 2
+_FLOATS: dict[int, np.dtype] = {6: np.dtype(np.float64), 7: np.dtype(np.float32)}
 _MOST_AXES = 8
 _COMPLEX = 0x800  # A flag of arrays.
 # A net has some hundred arrays, nested at most six levels deep.
@@ -84,7 +85,7 @@ def read_mat(
             f"that does."
         ) from error
     names = [*layers, *(f"extra{i + 1}" for i in range(len(pairs) - len(layers)))]
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for i, (layer, (filters, biases)) in enumerate(zip(names, pairs, strict=False)):
         filters = filters[:, :, ::-1] if reverse_channels and i == 0 else filters
         arrays |= {
@@ -150,7 +151,7 @@ class _Reader:
     Raises ValueError or struct.error for damaged arrays and for more than nets have.
     """
 
-    def __init__(self, order: str):
+    def __init__(self, order: Any):
         self._order, self._arrays, self._bytes = order, 0, 0
 
     def array(self, content: memoryview, level: int) -> Any:

@@ -8,7 +8,7 @@ in the order of that list, each as its number of elements (8 bytes) and the raw 
 
 import io
 import os
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ _MAGIC_NUMBER, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 MAGIC = b"\x80\x02\x8a\x0a" + _MAGIC_NUMBER.to_bytes(10, "little") + b"."
 """The first bytes of such a file."""
 _COUNT = np.dtype("<i8")
+Order = Literal["<", ">"]
 
 
 def read_torch_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -38,7 +39,8 @@ def _contents(file: io.BufferedIOBase) -> Any:
     magic, version, machine = (Unpickler(file, _no_storage).load() for _ in range(3))
     if magic != _MAGIC_NUMBER or version != _VERSION or not isinstance(machine, dict):
         raise WeightsError("it has not the format of torch.save; download it again.")
-    order, start = "<" if machine.get("little_endian", True) else ">", file.tell()
+    order: Order = "<" if machine.get("little_endian", True) else ">"
+    start = file.tell()
     announced = _Announced(os.fstat(file.fileno()).st_size, {})
     Unpickler(file, announced.storage).load()
     storages = {}
@@ -76,7 +78,9 @@ def _keys(file: io.BufferedIOBase) -> list[str]:
     return keys
 
 
-def _storage(file: io.BufferedIOBase, key: str, dtype: np.dtype, count: int, order: str) -> Storage:
+def _storage(
+    file: io.BufferedIOBase, key: str, dtype: np.dtype, count: int, order: Order
+) -> Storage:
     stored = np.frombuffer(file.read(_COUNT.itemsize), _COUNT.newbyteorder(order))
     content = file.read(count * dtype.itemsize)
     if stored.tolist() != [count] or len(content) != count * dtype.itemsize:

@@ -244,15 +244,16 @@ class Unpickler(pickle._Unpickler):
             )
         return _ALLOWED[module, name]
 
+    # What follows uses the pickle module's reader in Python, of which mypy knows the outside alone.
     def load_setitem(self) -> None:
         """Sets items as Python does, after a check of the keys."""
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
+        _check_keys(self.stack[-2:-1])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
 
     def load_setitems(self) -> None:
         """Sets items as Python does, after a check of the keys."""
-        _check_keys(self.stack[::2])
-        super().load_setitems()
+        _check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        super().load_setitems()  # type: ignore[misc]
 
     dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = load_setitem, load_setitems
 

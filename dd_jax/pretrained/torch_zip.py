@@ -7,7 +7,7 @@ raw numbers of each storage. Files from before PyTorch 1.6 are in `torch_legacy`
 import io
 import os
 import zipfile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,9 +40,9 @@ class _Archive:
         self._root = pickles[0].removesuffix("data.pkl")
         self._storages: dict[str, Storage] = {}
         # Bounds the total size of entries, which may overlap in a malicious archive.
-        self._unread = os.stat(archive.filename).st_size
+        self._unread = os.stat(archive.filename or "").st_size
         order = f"{self._root}byteorder"
-        self._byte_order = (
+        self._byte_order: Literal[">", "<"] = (
             ">" if order in archive.namelist() and self._entry("byteorder") == b"big" else "<"
         )
 

@@ -129,14 +129,14 @@ def draw_legend(figure: Figure, more: Sequence[Line2D] = ()) -> None:
     """
     lines: dict[str, list[Line2D]] = {}
     for line in (line for axes in figure.axes for line in axes.lines):
-        label = line.get_gid() or line.get_label()
+        label = str(line.get_gid() or line.get_label())
         if not label.startswith("_"):
             lines.setdefault(label, []).append(line)
     check_has_data(line for same in lines.values() for line in same)
     shown = {label for label, same in lines.items() if any(map(_has_data, same))}
     texts = [label if label in shown else f"{label} (no data)" for label in lines]
     texts = [
-        textwrap.fill(text, LONGEST_LABEL) for text in (*texts, *(x.get_label() for x in more))
+        textwrap.fill(text, LONGEST_LABEL) for text in (*texts, *(str(x.get_label()) for x in more))
     ]
     legend = _widest_legend(figure, [*(same[0] for same in lines.values()), *more], texts)
     width, height = figure.get_size_inches()

@@ -67,7 +67,7 @@ def in_order(found: Iterable[Point]) -> list[Point]:
     return sorted(found, key=key)
 
 
-def _fields(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(kind: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: np.asarray(entry[name], float) if name == "sizes" else entry[name]
         for name in kind._fields

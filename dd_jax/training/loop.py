@@ -101,7 +101,8 @@ def latest_step(workdir: pathlib.Path, stage_name: str) -> int | None:
 def _train_with_progress(
     plan: StagePlan, workdir: pathlib.Path, state: TrainState, saved: Checkpoints
 ) -> TrainState:
-    step, latest = int(state.step), {}
+    step = int(state.step)
+    latest: dict[str, Any] = {}
     train_step = _remembering(plan.make_step(), latest)
     with contextlib.ExitStack() as stack:
         batch_of_step = stack.enter_context(plan.open_batches())
@@ -161,12 +162,13 @@ class Journal:
         """Moves the bar, and writes what is due: an interval's means, an epoch's measurement."""
         plan = self._plan
         self._bar.update()
-        line = {"stage": plan.name, "step": step, "epoch": step / plan.steps_per_epoch}
+        epoch = step / plan.steps_per_epoch
+        line: Line = {"stage": plan.name, "step": step, "epoch": epoch}
         if means is not None:
             pace = input_pace(self._batch_of_step)
             text = f"loss {means['loss']:.3f}, accuracy {means['correct']:.3f}{pace_text(pace)}"
             self._bar.set_postfix_str(text)
-            self._write(line | means | pace)
+            self._write(line | dict(means) | pace)
             self.note_undecodable(step)
         if plan.measure_epoch is not None and step % plan.steps_per_epoch == 0:
             self._write(line | {"test": plan.measure_epoch(state)})
@@ -198,7 +200,9 @@ def _open_journal(
 ) -> Iterator[Journal]:
     options = dict(initial=step, disable=not parallel.is_primary())
     bar = progress(f"{plan.name:9} training", plan.num_steps, "step", **options)
-    curves = contextlib.nullcontext(lambda line: None)
+    curves: AbstractContextManager[Callable[[Line], None]] = contextlib.nullcontext(
+        lambda line: None
+    )
     if plan.write_curves and parallel.is_primary():
         curves = log.open_curves(workdir / "tensorboard" / plan.name, step)
     with bar, curves as add_to_curves:
@@ -232,8 +236,8 @@ class Pauses:
         now, before = time.monotonic(), self._agreed_step
         steps_until_question = int(SECONDS_BETWEEN_QUESTIONS / max(seconds_per_step, 1e-6))
         self._next_step = step + max(1, steps_until_question)
-        is_first = before is None
-        self._seconds_per_step = math.inf if is_first else (now - self._agreed) / (step - before)
+        since = math.inf if before is None else (now - self._agreed) / (step - before)
+        self._seconds_per_step = since
         self._agreed, self._agreed_step = now, step
         most = SECONDS_BETWEEN_CHECKPOINTS if is_line else MOST_SECONDS_BETWEEN_CHECKPOINTS
         to_save = to_end or bool(seconds_since > most)
@@ -251,7 +255,7 @@ def check_finite(loss: Any, step: int) -> None:
         )
 
 
-def input_pace(batch_of_step: Callable) -> Line:
+def input_pace(batch_of_step: Any) -> Line:
     """How fast images are decoded and used, and how many could not be decoded; nothing for data in
     memory.
     """

@@ -29,7 +29,7 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 class AverageState(NamedTuple):
     """The average of the parameters after every update so far, and how many there were."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # in place of a tuple's method
     average: Any
 
 

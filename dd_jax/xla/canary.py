@@ -29,7 +29,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,9 +150,8 @@ def _failures_in_new_process(flags: str) -> list[str] | None:
     # directory.
     program = "import sys; sys.path[:] = sys.argv[1:]; from dd_jax.xla import canary; canary.main()"
     command = [sys.executable or "", "-P", "-c", program, *sys.path]
-    options = dict(
-        env=kept | changed, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
-    )
+    options: dict[str, Any] = dict(env=kept | changed, stdin=subprocess.DEVNULL)
+    options |= dict(capture_output=True, timeout=SECONDS)
     try:
         done = subprocess.run(command, **options)
         said, complaint = done.stdout.decode().split(), done.stderr.decode(errors="replace")

@@ -74,7 +74,8 @@ def _input_gradient_by_rows(cotangent: Array, kernel: Array, padding: Padding) -
         ((0, 0, 0), (row - top, down - 1 - row - bottom, 0), (0, 0, 0), (0, 0, 0))
         for row in range(down)
     ]
-    return sum(lax.pad(parts[:, :, :, row], zero, edges[row]) for row in range(down))
+    rows = (lax.pad(parts[:, :, :, row], zero, edges[row]) for row in range(down))
+    return sum(rows)  # type: ignore[return-value]  # There is a row or more.
 
 
 def _ends_of_gradient(sizes: Sequence[int], padding: Padding) -> Padding:
@@ -174,8 +175,9 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
         jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)
     ]
     blocks = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
-    padding = tuple((lo, hi + size % 2) for (lo, hi), size in zip(padding, sizes, strict=True))
-    y = _plain(x, blocks, (2, 2), padding)
+    (top, bottom), (left, right) = padding
+    even = (top, bottom + sizes[0] % 2), (left, right + sizes[1] % 2)
+    y = _plain(x, blocks, (2, 2), even)
     return _depth_to_space(y, 2, 2)[:, : sizes[0], : sizes[1]]
 
 
@@ -268,7 +270,8 @@ def depthwise_convolution(
         part = lax.slice(x, (0, i, j, 0), end, (1, *strides, 1))
         return part * kernel[i, j, 0].reshape(1, 1, 1, -1)
 
-    return sum(product(i, j) for i in range(rows) for j in range(columns))
+    products = (product(i, j) for i in range(rows) for j in range(columns))
+    return sum(products)  # type: ignore[return-value]  # There is a product or more.
 
 
 @jax.custom_vjp

@@ -60,8 +60,8 @@ def max_pool(
             f"max_pool got window {window}, stride {stride}, padding {padding}; window and stride "
             "must be at least 1, and padding from 0 to half the window. Change these arguments."
         )
-    counts = [_num_windows(size, window, stride, padding, ceil_mode) for size in x.shape[1:3]]
-    return max_of_windows(x, window, stride, (padding, padding), tuple(counts))
+    down, across = (_num_windows(size, window, stride, padding, ceil_mode) for size in x.shape[1:3])
+    return max_of_windows(x, window, stride, (padding, padding), (down, across))
 
 
 def max_of_windows(
@@ -160,12 +160,13 @@ def _first_maximum(x: Maps, window: int, stride: int) -> tuple[Pooled, Positions
             x.shape[3],
         )
         candidate = lax.slice(x, (0, row, column, 0), end, (1, stride, stride, 1))
-        if maximum is None:
+        if maximum is None or position is None:
             maximum, position = candidate, jnp.zeros(candidate.shape, dtype)
         else:
             wins = candidate > maximum
             maximum = jnp.where(wins, candidate, maximum)
             position = jnp.where(wins, dtype.type(row * window + column), position)
+    assert maximum is not None and position is not None  # A window has a pixel or more.
     return maximum, position
 
 

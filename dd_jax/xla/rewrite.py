@@ -86,7 +86,7 @@ def _replaced(equation: jex_core.JaxprEqn, arguments: list[Any]) -> Sequence[Any
     name, params = equation.primitive.name, equation.params
     if name in CONTROL_FLOW:
         return CONTROL_FLOW[name](params, *arguments)
-    if equation.outvars[0].aval.size == 0:
+    if _shaped(equation.outvars[0]).size == 0:
         return None
     result = REPLACEMENTS[name](params, *arguments)
     return None if result is None else [result]
@@ -117,15 +117,20 @@ def operations(jaxpr: jex_core.Jaxpr) -> float:
         if not is_known:
             continue
         if name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
+            kernel = _shaped(equation.invars[1])
             num_outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * kernel.size / num_outputs
+            total += 2 * _shaped(equation.outvars[0]).size * kernel.size / num_outputs
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
+            shape = _shaped(equation.invars[0]).shape
             num_terms = math.prod(shape[axis] for axis in contracted)
-            total += 2 * equation.outvars[0].aval.size * num_terms
+            total += 2 * _shaped(equation.outvars[0]).size * num_terms
     return total
+
+
+def _shaped(variable: Any) -> Any:
+    """The shape and type of a variable of an equation whose operation is of arrays."""
+    return variable.aval
 
 
 def _convolution(params: dict[str, Any], x: Array, kernel: Array) -> Array | None:
@@ -246,12 +251,13 @@ def _scan(params: dict[str, Any], *arguments: Any) -> Sequence[Any] | None:
     constants, rest = arguments[:num_constants], arguments[num_constants:]
     carry, slices = rest[:num_carry], rest[num_carry:]
 
-    def body(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    def body(carry: Any, slices: Any) -> tuple[Any, Any]:
         results = _evaluate(params["jaxpr"], [*constants, *carry, *slices])
         return results[:num_carry], results[num_carry:]
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, stacked = lax.scan(body, list(carry), list(slices), **options)
+    start: Any = list(carry)
+    carry, stacked = lax.scan(body, start, list(slices), **options)
     return [*carry, *stacked]
 
 
