@@ -3,6 +3,7 @@ user can mend.
 """
 
 import argparse
+import errno
 import sys
 import traceback
 from argparse import ArgumentParser
@@ -15,7 +16,7 @@ from dd_jax.experiment.configuration_files import ConfigurationError
 from dd_jax.extras import MissingPackageError
 from dd_jax.parallel import Terminated
 from dd_jax.pretrained import WeightsError
-from dd_jax.training.checkpoints import DamagedCheckpointError
+from dd_jax.training.checkpoints import DamagedCheckpointError, UnsavedCheckpointError
 from dd_jax.training.train_step import DivergenceError
 
 USER_ERRORS = (
@@ -26,9 +27,13 @@ USER_ERRORS = (
     MissingPackageError,
     WeightsError,
     FileNotFoundError,
+    UnsavedCheckpointError,
 )
 Prepared = TypeVar("Prepared")
 INTERRUPTED, TERMINATED = 130, 143
+STORAGE_ERRORS: tuple[int, ...]
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+STORAGE_ERRORS += (errno.EIO,)
 
 
 def make_parser(description: str, program: str | None = None) -> ArgumentParser:
@@ -77,14 +82,10 @@ def prepared_by_all(prepare: Callable[[], Prepared]) -> Prepared:
     Raises:
       One of USER_ERRORS: this process's own, or a ConfigurationError where only others failed.
     """
-    result, error = None, None
     try:
-        result = prepare()
-    except USER_ERRORS as own:
-        error = own
-    if parallel.any_of_us(error is not None):
-        raise error or ConfigurationError("Another process cannot begin; what it says tells why.")
-    return result
+        return parallel.in_all_processes(prepare, USER_ERRORS)
+    except parallel.OthersFailedError as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def positive(text: str) -> int:
@@ -111,17 +112,41 @@ def run(main: Callable[[], None], remark: str = "") -> None:
     try:
         main()
     except USER_ERRORS as error:
+        if isinstance(error, UnsavedCheckpointError):
+            parallel.wait_for_the_watch()
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("\nStopped. Rerun the command to resume from the latest checkpoint.", INTERRUPTED)
     # All processes end so, after the same step: they can wait for each other.
     except Terminated as reason:
+        parallel.finish()
         print(f"\n{reason} Rerun the command to resume.", file=sys.stderr)
         sys.exit(TERMINATED)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            _fail()
+        _end(f"error: {_storage_sentence(error)}", 1)
     except Exception:
-        if parallel.is_one_of_several():
-            _end(traceback.format_exc(), 1)
-        raise
+        _fail()
+    parallel.finish()
+
+
+def _storage_sentence(error: OSError) -> str:
+    where = error.filename or "The disk"
+    return (
+        f"{where} cannot be written ({error.strerror}): make room, or allow writing, and rerun the "
+        "command, which resumes from what is saved."
+    )
+
+
+def _fail() -> None:
+    """Ends with the traceback of what this program did not foresee, or with the sentence of the
+    watch where it comes of another process that is gone.
+    """
+    if parallel.is_one_of_several():
+        parallel.wait_for_the_watch()
+        _end(traceback.format_exc(), 1)
+    raise  # noqa: PLE0704  The exception that is being handled.
 
 
 def _end(text: str, code: int) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import TypeVar
@@ -27,11 +28,16 @@ LONGEST_WAIT = 60  # Seconds for the reads that are still on their way when one 
 # The latest, and the one before it in case the disk fills up while the latest is being written.
 NUM_KEPT = 2
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
+# Orbax reports every save at length, and what fails with a traceback beside the error it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class DamagedCheckpointError(ValueError):
     """There are checkpoints, and none of them can be read."""
+
+
+class UnsavedCheckpointError(ValueError):
+    """A checkpoint cannot be written, for want of room or of permission."""
 
 
 class Checkpoints:
@@ -47,7 +53,7 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=True,
         )
-        self._read_only = read_only
+        self._read_only, self._directory = read_only, path
         self._manager = ocp.CheckpointManager(path, options=options)
 
     def latest(self) -> int | None:
@@ -57,9 +63,12 @@ class Checkpoints:
     def save(self, step: int, state: State) -> None:
         """Saves a tree of arrays in the background. A step that is already there is left as it
         is.
+
+        UnsavedCheckpointError where this cannot begin, or the save before has failed meanwhile.
         """
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        with self._said_where_it_fails():
+            if step != self.latest():
+                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: State) -> State:
         """The latest state. `like` gives the tree, shapes and types.
@@ -107,7 +116,7 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they come upon first.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = _reason(error)
         return (None if parallel.any_of_us(state is None) else state), reason
 
     def _set_aside(self, directory: pathlib.Path, damaged: dict[int, str]) -> None:
@@ -127,9 +136,22 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written; UnsavedCheckpointError where that fails."""
+        with self._said_where_it_fails():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _said_where_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise what they come upon first.
+            raise UnsavedCheckpointError(
+                f"A checkpoint cannot be saved in {self._directory} ({_reason(error)}): make room, "
+                "or allow writing, and rerun the command, which resumes from the one before."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -158,7 +180,7 @@ def _loops_that_finish() -> Iterator[None]:
                 loop.run_until_complete(asyncio.wait(tasks, timeout=LONGEST_WAIT))
             close()
 
-        loop.close = finish_and_close
+        loop.close = finish_and_close  # type: ignore[method-assign]
         return loop
 
     asyncio.new_event_loop = make_patient_loop
@@ -166,6 +188,14 @@ def _loops_that_finish() -> Iterator[None]:
         yield
     finally:
         asyncio.new_event_loop = make_loop
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where an error of TensorStore's quotes it; else the error itself."""
+    quoted = re.search(r"([^:\[\]]+) \[os_error_code", str(error))
+    if quoted:
+        return quoted[1].strip()
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
