@@ -204,10 +204,8 @@ def check(config: ConfigDict) -> None:
             f"The configuration has no {', '.join(missing)}; begin with configs/default.py."
         )
     for name, value in fields.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ConfigurationError(
-                f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}."
-            )
+        if name in CHOICES:
+            _check_choice(name, value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if name.endswith(AT_LEAST_ONE) and value < 1:
@@ -229,6 +227,20 @@ def check(config: ConfigDict) -> None:
         raise ConfigurationError(
             "defense.num_candidates is 1; it must be at least 2, or 0 for all classes."
         )
+
+
+def _check_choice(name: str, value: Any) -> None:
+    """One of CHOICES, or a net of any depth and width (`models.FAMILIES`)."""
+    if value in CHOICES[name]:
+        return
+    listed = CHOICES[name]
+    if name == "model.name":
+        try:
+            models.find(str(value))
+            return
+        except ValueError:
+            listed = (*listed, *(family.names for family in models.FAMILIES))
+    raise ConfigurationError(f"{name} is {value!r}; it must be one of {', '.join(listed)}.")
 
 
 def _check_solver(config: ConfigDict) -> None:
