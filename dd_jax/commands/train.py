@@ -90,16 +90,16 @@ def prepared(
 ) -> tuple[ConfigDict, build.Run]:
     """The configuration and the run, its data loaded; changes nothing on disk."""
     config = checked(arguments, overrides, workdir)
-    run = build.build_run(config, workdir)
-    if run.load_reference is not None and latest_step(workdir, REFERENCE) is None:
-        run.load_reference()  # Whether it is of use is said before the run begins.
-    return config, run
+    return config, build.build_run(config, workdir)
 
 
 def train(arguments: Namespace, overrides: Sequence[str], workdir: pathlib.Path) -> None:
     """One run, to its end: trains, measures, and prints the table."""
     prepare = partial(prepared, arguments, overrides, workdir)
     config, run = command_line.prepared_by_all(prepare)
+    if run.load_reference is not None and latest_step(workdir, REFERENCE) is None:
+        # Whether it is of use is said before the run begins. Only now: all processes load together.
+        command_line.prepared_by_all(run.load_reference)
     if parallel.is_primary():
         # Only now: a run that cannot begin leaves nothing behind.
         configuration.claim_directory(config, workdir)
