@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from dd_jax import parallel
+from dd_jax.parallel import processes
 
 PROGRAM = """
 import json, sys, warnings
@@ -116,6 +118,23 @@ def main():
 
 arguments = json.loads(sys.argv[1])
 loop.SECONDS_BETWEEN_QUESTIONS = 0.2
+command_line.run(main)
+"""
+
+
+WAITING = """
+import json, os, sys, time
+sys.path[:0] = [{root!r}]
+from dd_jax import parallel
+from dd_jax.experiment import command_line
+
+def main():
+    parallel.initialize(arguments["coordinator"], arguments["num_processes"], arguments["process_id"])
+    print("[0]", flush=True)
+    while True:
+        parallel.any_of_us(False) if arguments["together"] else time.sleep(0.05)
+
+arguments = json.loads(sys.argv[1])
 command_line.run(main)
 """
 
@@ -223,6 +242,27 @@ def test_processes_end_together_when_one_is_asked_and_when_one_fails(tmp_path):
     assert second_err.strip().splitlines()[-1] == "error: This one has no data."
 
 
+def test_one_of_two_processes_is_killed_and_the_other_ends_with_a_sentence(tmp_path):
+    """Each of the two, while they wait for each other and while they do not. JAX alone aborts with
+    a stack trace where process 0 is gone, and waits for 100 seconds where 1 is.
+    """
+    pairs = []
+    for together in (True, False):
+        both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2, together=together)
+        pairs.append([start(tmp_path, 1, WAITING, **both, process_id=i) for i in range(2)])
+    for victim, pair in enumerate(pairs):
+        for process in pair:  # They have met.
+            assert any(line.startswith("[0]") for line in process.stdout)
+        pair[victim].kill()
+        begin = time.monotonic()
+        _, errors = pair[1 - victim].communicate(timeout=100)
+        assert time.monotonic() - begin < 60 and pair[1 - victim].returncode == 1
+        assert "Traceback" not in errors and "***" not in errors
+        said = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and "Another process has ended; what it says tells why." in said[0]
+        pair[victim].communicate()
+
+
 def test_a_batch_is_filled_up_with_what_counts_for_nothing():
     batch = {"image": np.arange(6.0).reshape(3, 2), "mask": np.ones(3, np.float32)}
     filled = parallel.fill_up(batch, 4)
@@ -261,6 +301,22 @@ def test_being_asked_to_end_is_seen_between_steps():
         os.kill(os.getpid(), signal.SIGTERM)
         assert termination.asked_for() and termination.asked_for()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_fails_elsewhere_stops_everyone(monkeypatch):
+    assert parallel.in_all_processes(lambda: 3) == 3
+    with pytest.raises(KeyError):
+        parallel.in_all_processes(lambda: {}["a"], (KeyError,))
+    monkeypatch.setattr(processes, "any_of_us", lambda flag: True)
+    with pytest.raises(parallel.OthersFailedError, match="Another process cannot begin"):
+        parallel.in_all_processes(lambda: 3)
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"--coordinator is '{address}', and process 0 cannot"):
+            parallel.initialize(address, 2, 0)
 
 
 def test_processes_are_described_whole_or_not_at_all():

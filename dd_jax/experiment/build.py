@@ -4,6 +4,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dd_jax import log, models, pretrained, training
+from dd_jax import log, models, parallel, pretrained, training
 from dd_jax.data import Preprocessing
 from dd_jax.evaluation import Evaluator
 from dd_jax.experiment.configuration import ConfigurationError, flatten, load
@@ -188,6 +189,21 @@ def reference_loader(
 
 
 def _reference_of_run(config: ConfigDict, path: pathlib.Path, model: nn.Module) -> Weights:
+    """All processes call it together. They read the checkpoint once all have found it of use."""
+    try:
+        make_state = parallel.in_all_processes(partial(_checked_reference, config, path, model))
+    except parallel.OthersFailedError as error:
+        raise ConfigurationError(str(error)) from None
+    state = training.averaged(_restored(path, REFERENCE, make_state))
+    return state.params, state.batch_stats
+
+
+def _checked_reference(
+    config: ConfigDict, path: pathlib.Path, model: nn.Module
+) -> Callable[[], TrainState]:
+    """What makes a state like that of the reference net of a run; ConfigurationError where that is
+    of no use here.
+    """
     other = load(path)
     theirs, ours = (
         f"{c.model.name} on {c.data.name} ({preprocessing_name(c)})" for c in (other, config)
@@ -200,9 +216,7 @@ def _reference_of_run(config: ConfigDict, path: pathlib.Path, model: nn.Module) 
     report, is_defended = read_report(path), (path / "checkpoints" / DEFENDED).is_dir()
     if not is_defended and (report is None or REFERENCE not in report.measured):
         raise _unfinished(path, REFERENCE)
-    state = _restored(path, REFERENCE, state_maker(other, REFERENCE, model))
-    state = training.averaged(state)
-    return state.params, state.batch_stats
+    return state_maker(other, REFERENCE, model)
 
 
 def _check_held_out(config: ConfigDict, other: ConfigDict, path: pathlib.Path) -> None:

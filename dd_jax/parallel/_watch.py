@@ -14,7 +14,6 @@ own connection open then, so that JAX does not abort before the sentence is said
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any
 SECONDS_OF_GRACE = 2.0
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 BUFFER_SIZE = 2**16
+STANDARD_ERROR = 2
 LOST = (
     "Another process has ended; what it says tells why. Rerun the command in all processes to "
     "resume from the latest checkpoint."
@@ -105,7 +105,7 @@ def free_port() -> int:
 def _end(sentence: str) -> None:
     """Ends this process at once, from a thread that is not its main one, with exit code 1."""
     with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"\nerror: {sentence}\n".encode())
+        os.write(STANDARD_ERROR, f"\nerror: {sentence}\n".encode())
     os._exit(1)
 
 

@@ -47,32 +47,38 @@ def initialize(
       ValueError: some but not all of the three are given, the coordinator is not HOST:PORT or has a
         port that is taken, or the index is out of range.
     """
-    given = (coordinator, num_processes, process_id)
-    if any(x is None for x in given) and any(x is not None for x in given):
-        raise ValueError(
-            "Give all of --coordinator HOST:PORT, --num_processes N and --process_id I, or none of "
-            "them."
-        )
-    if coordinator is not None and not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"process_id is {process_id}; it must be within 0..{num_processes - 1}. Give each "
-            f"process its own index."
-        )
-    if coordinator is not None and not _is_host_and_port(coordinator):
-        raise ValueError(
-            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0. Give for "
-            f"example 10.0.0.1:1234."
-        )
+    if coordinator is None or num_processes is None or process_id is None:
+        if (coordinator, num_processes, process_id) != (None, None, None):
+            raise ValueError(
+                "Give all of --coordinator HOST:PORT, --num_processes N and --process_id I, or "
+                "none of them."
+            )
+        address = {}
+    else:
+        _check_given(coordinator, num_processes, process_id)
+        address = _watched(coordinator, num_processes, process_id)
     if hasattr(jax.config, "jax_enable_preemption_service"):
         # The service handles SIGTERM itself; `Termination` would not see it.
         jax.config.update("jax_enable_preemption_service", False)
-    address = {} if coordinator is None else _watched(*given)
     jax.distributed.initialize(heartbeat_timeout_seconds=SECONDS_WITHOUT_HEARTBEAT, **address)
     # All processes wait for each other here, so that none waits for the devices of one that fails
     # later.
     jax.devices()
     for watch in _watches:
         watch.arm()
+
+
+def _check_given(coordinator: str, num_processes: int, process_id: int) -> None:
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process_id is {process_id}; it must be within 0..{num_processes - 1}. Give each "
+            f"process its own index."
+        )
+    if not _is_host_and_port(coordinator):
+        raise ValueError(
+            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0. Give for "
+            f"example 10.0.0.1:1234."
+        )
 
 
 def _is_host_and_port(text: str) -> bool:
@@ -83,7 +89,7 @@ def _is_host_and_port(text: str) -> bool:
 def _watched(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any]:
     """The arguments of `jax.distributed.initialize` with which its connections are watched."""
     host, _, port = coordinator.rpartition(":")
-    options = dict(num_processes=num_processes, process_id=process_id)
+    options: dict[str, Any] = dict(num_processes=num_processes, process_id=process_id)
     if process_id == 0:
         own = f"127.0.0.1:{_watch.free_port()}"
         target, num_others = ("127.0.0.1", int(own.rpartition(":")[2])), num_processes - 1
@@ -168,12 +174,12 @@ def in_all_processes(
     Raises:
       One of `errors`: this process's own. OthersFailedError where only others failed.
     """
-    result, error = None, None
+    error: Exception | None = None
     try:
         result = function()
     except errors as own:
         error = own
-    if any_of_us(error is not None):
+    if any_of_us(error is not None) or error is not None:
         raise error or OthersFailedError("Another process cannot begin; what it says tells why.")
     return result
 

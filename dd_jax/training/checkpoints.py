@@ -55,6 +55,8 @@ class Checkpoints:
         )
         self._read_only, self._directory = read_only, path
         self._manager = ocp.CheckpointManager(path, options=options)
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(_loops_that_finish())  # Saves run in the background.
 
     def latest(self) -> int | None:
         """The step of the latest complete checkpoint; None if there is none."""
@@ -111,8 +113,7 @@ class Checkpoints:
         """A state, None where it is damaged for any process, and what this one says of it."""
         state, reason = None, "another process cannot read it"
         try:
-            with _loops_that_finish():
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(arrays))
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(arrays))
         except MemoryError:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they come upon first.
@@ -137,7 +138,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written; UnsavedCheckpointError where that fails."""
-        with self._said_where_it_fails():
+        with self._open, self._said_where_it_fails():
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -162,13 +163,16 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _loops_that_finish() -> Iterator[None]:
-    """Within, a new event loop waits for its tasks before it closes.
+    """Within, a new event loop waits for its tasks before it closes. It may be nested.
 
-    Orbax reads arrays side by side and closes its loop as soon as one cannot be read. TensorStore
-    would hand the others to the closed loop, and Python would report an "Event loop is closed" for
-    each that nobody can catch.
+    Orbax reads and writes arrays side by side and closes its loop as soon as one of them fails.
+    TensorStore would hand the others to the closed loop, and Python would report an "Event loop is
+    closed" for each that nobody can catch.
     """
     make_loop = asyncio.new_event_loop
+    if getattr(make_loop, "is_patient", False):
+        yield
+        return
 
     def make_patient_loop() -> asyncio.AbstractEventLoop:
         loop = make_loop()
@@ -183,6 +187,7 @@ def _loops_that_finish() -> Iterator[None]:
         loop.close = finish_and_close  # type: ignore[method-assign]
         return loop
 
+    make_patient_loop.is_patient = True  # type: ignore[attr-defined]
     asyncio.new_event_loop = make_patient_loop
     try:
         yield
