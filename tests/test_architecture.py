@@ -79,6 +79,7 @@ TRAINING = (
     "dd_jax.experiment.reporting",
     "dd_jax.experiment.runs",
     "dd_jax.experiment.figures",
+    "dd_jax.experiment.pages",
     "dd_jax.experiment.comparison",
     "dd_jax.experiment.command_line",
     "dd_jax.experiment",

@@ -95,7 +95,9 @@ def test_training_leaves_everything_in_the_run_directory(finished):
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "plots",
         "preprocessing.npz",
+        "report.html",
         "report.json",
     ]
     assert sorted(str(path.relative_to(workdir)) for path in workdir.glob("checkpoints/*/*")) == [
@@ -120,7 +122,7 @@ def test_training_prints_the_table_of_the_report(finished):
     report = json.loads((workdir / "report.json").read_text())
     lines = out.splitlines()
     assert lines[0] == report["data"] and lines[1] == f"mlp, deep_defense; run directory {workdir}"
-    assert lines[-1] == f"written to {workdir / 'report.json'}"
+    assert lines[-1] == f"written to {workdir / 'report.json'}, report.html and plots/"
     for name, stage in (("reference", "reference"), ("deep_defense", "defended")):
         figures = report["measured"][stage]
         shown = [f"{figures['accuracy']:.2%}", f"{figures['rho_l2']:.4f}", f"{figures['l2']:.3f}"]
@@ -150,20 +152,15 @@ def test_evaluating_measures_the_same_again_wherever_the_run_lies(finished, tmp_
     assert json.loads((moved / "report.json").read_text()) == json.loads(
         (workdir / "report.json").read_text()
     )
-    plots = moved / "plots"
-    assert (
-        out.splitlines()[-1] == f"written to {moved / 'report.json'} and {plots}"
-        and "deep_defense" in out
-    )
-    after = contents(moved)
-    assert {path for path in after if plots in path.parents} == {
-        plots / "single_run.png",
-        plots / "single_run.pdf",
+    written = f"written to {moved / 'report.json'}, report.html and plots/"
+    assert out.splitlines()[-1] == written and "deep_defense" in out
+    assert {path.name for path in (moved / "plots").iterdir()} == {
+        f"{name}.{kind}" for name in ("single_run", "fooling_examples") for kind in ("png", "pdf")
     }
-    unchanged = before | {moved / "report.json": (workdir / "report.json").read_bytes()}
-    assert {
-        path: held for path, held in after.items() if path != plots and plots not in path.parents
-    } == unchanged
+    # The page names the directory, in the commands that make the run again.
+    page = (workdir / "report.html").read_text().replace(str(workdir), str(moved))
+    again = {moved / "report.json": (workdir / "report.json").read_bytes()}
+    assert contents(moved) == before | again | {moved / "report.html": page.encode()}
 
 
 def test_the_default_run_directory_is_named_after_the_configuration(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from functools import partial
 
 from dd_jax import extras, parallel, xla
 from dd_jax.commands import Calls
-from dd_jax.results.report import REFERENCE, file_name, table
+from dd_jax.results.report import REFERENCE, Report, file_name, table
 
 with extras.needed("train"):
     from ml_collections import ConfigDict
@@ -112,4 +112,14 @@ def train(arguments: Namespace, overrides: Sequence[str], workdir: pathlib.Path)
             "reference.num_epochs is 0."
         )
     report = runs.run_stages(run)
-    command_line.say(f"\n{table(report)}\nwritten to {workdir / file_name(report.limit)}")
+    written = f"{workdir / file_name(report.limit)}{write_page(run, report)}"
+    command_line.say(f"\n{table(report)}\nwritten to {written}")
+
+
+def write_page(run: build.Run, report: Report) -> str:
+    """Writes report.html and plots/, which need the extra `plots`; returns what to print of it."""
+    try:
+        from dd_jax.experiment import pages
+    except extras.MissingPackageError as error:
+        return f"; no report.html: {error}"
+    return f", {pages.write_run_page(run, report, again=False).name} and {pages.PLOTS}/"

@@ -13,10 +13,12 @@ from dd_jax.results import curves as robustness
 from dd_jax.results import plots
 from dd_jax.results.report import DEFENDED, Report, rows
 
+PLOTS = "plots"
+"""The folder of a run directory with its figures."""
 LABELS = {name: defense.label for name, defense in defenses.DEFENSES.items()}
 SYMBOLS = {name: defense.swept_symbol for name, defense in defenses.DEFENSES.items()}
-# Figure 7 shows a 0, the first that all nets classify rightly, among so many images.
-EXAMPLE_CANDIDATES, EXAMPLE_LABEL = 200, 0
+# Examples are the first that all nets classify rightly, among so many images, one per class.
+EXAMPLE_CANDIDATES, NUM_EXAMPLES = 200, 4
 Measured = Mapping[str, Mapping[str, Any]]
 """The figures of each net."""
 Examples = tuple[np.ndarray, list[plots.Example], str]
@@ -38,24 +40,23 @@ class Net(NamedTuple):
         return self.report.measured[self.stage]
 
 
-def draw_run(workdir: pathlib.Path, report: Report, unit: str) -> pathlib.Path | None:
-    """Draws one run's curves into its plots/; None where there is nothing to draw. `unit`: of
-    epsilon.
+def draw_run(
+    workdir: pathlib.Path, report: Report, unit: str, examples: Sequence[Examples]
+) -> list[pathlib.Path]:
+    """Draws one run's curves, and its first example, into its plots/; returns what was drawn, PNG
+    files. `unit`: of epsilon.
     """
-    folder, lines = workdir / "plots", list(log.read_lines(workdir))
+    folder, lines = workdir / PLOTS, list(log.read_lines(workdir))
     measured = {row.label: row.measured for row in rows(report)}
-    curves = _curves(measured)
-    trained = any("loss" in line or "test" in line for line in lines)
-    if trained:
-        plots.single_run(folder, lines)
-    labels = _legend_labels(list(measured))
-    if curves:
-        plots.success_over_epsilon(folder, curves, unit=unit, labels=labels)
-    is_robust = _draw_robust_accuracies(folder, measured, unit=unit, labels=labels)
-    return folder if trained or curves or is_robust else None
+    labels = legend_labels(list(measured))
+    drawn = [*_draw_measured(folder, measured, unit=unit, labels=labels)]
+    if any("loss" in line or "test" in line for line in lines):
+        drawn += plots.single_run(folder, lines)
+    drawn += _draw_examples(folder, examples, labels)
+    return [path for path in drawn if path.suffix == ".png"]
 
 
-def _legend_labels(names: Sequence[str]) -> dict[str, str]:
+def legend_labels(names: Sequence[str]) -> dict[str, str]:
     """The labels of defenses and of the reference; other nets keep their own names."""
     return {"reference": "Reference"} | {name: LABELS[name] for name in names if name in LABELS}
 
@@ -70,8 +71,11 @@ def _curves(measured: Measured) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def _draw_robust_accuracies(folder: pathlib.Path, measured: Measured, **options: Any) -> bool:
-    """Draws robust accuracy over epsilon; whether any net has a curve, or a point by AutoAttack."""
+def _draw_measured(folder: pathlib.Path, measured: Measured, **options: Any) -> list[pathlib.Path]:
+    """Draws Figure 5 and robust accuracy over epsilon, as far as they were measured."""
+    drawn: list[pathlib.Path] = []
+    if success := _curves(measured):
+        drawn += plots.success_over_epsilon(folder, success, **options)
     curves: dict[str, dict[str, Any]] = {}
     points: dict[str, dict[str, list]] = {}
     for label, figures in measured.items():
@@ -80,27 +84,38 @@ def _draw_robust_accuracies(folder: pathlib.Path, measured: Measured, **options:
         for norm, epsilon, _, accuracy, _ in robustness.points(figures):
             points.setdefault(norm, {}).setdefault(label, []).append((epsilon, accuracy))
     if curves or points:
-        plots.robust_accuracy_over_epsilon(folder, curves, points=points, **options)
-    return bool(curves or points)
+        drawn += plots.robust_accuracy_over_epsilon(folder, curves, points=points, **options)
+    return drawn
 
 
-def draw_comparison(nets: Sequence[Net], out: pathlib.Path, found: Examples | None) -> None:
-    """Figures 5 to 8, as far as the runs hold what they show; `found`: `fooling_examples(nets)`."""
-    labels = _legend_labels([net.label for net in nets])
+def _draw_examples(
+    folder: pathlib.Path, examples: Sequence[Examples], labels: dict[str, str]
+) -> Sequence[pathlib.Path]:
+    """Draws Figure 7, of the first image."""
+    if not examples:
+        return ()
+    image, fooling, label = examples[0]
+    return plots.fooling_examples(folder, image, fooling, label=label, labels=labels)
+
+
+def draw_comparison(
+    nets: Sequence[Net], out: pathlib.Path, examples: Sequence[Examples]
+) -> list[pathlib.Path]:
+    """Figures 5 to 8 and robust accuracy over epsilon, as far as the runs hold what they show;
+    returns what was drawn, PNG files. `examples`: `fooling_examples(nets)`.
+    """
+    labels = legend_labels([net.label for net in nets])
     measured = {net.label: net.measured for net in nets}
     unit = nets[0].run.facts.input_unit
-    if curves := _curves(measured):
-        plots.success_over_epsilon(out, curves, unit=unit, labels=labels)
-    _draw_robust_accuracies(out, measured, unit=unit, labels=labels)
+    drawn = _draw_measured(out, measured, unit=unit, labels=labels)
     if points := strengths(nets):
         options = dict(strength_symbols=SYMBOLS, labels=labels)
-        plots.robustness_over_accuracy(out, points, **options)
+        drawn += plots.robustness_over_accuracy(out, points, **options)
     histories = {net.label: epochs(net) for net in nets if net.stage == DEFENDED}
     if histories := {label: history for label, history in histories.items() if history}:
-        plots.training_over_epochs(out, histories, labels=labels)
-    if found is not None:
-        image, examples, label = found
-        plots.fooling_examples(out, image, examples, label=label, labels=labels)
+        drawn += plots.training_over_epochs(out, histories, labels=labels)
+    drawn += _draw_examples(out, examples, labels)
+    return [path for path in drawn if path.suffix == ".png"]
 
 
 def strengths(nets: Sequence[Net]) -> dict[str, list[tuple[float, float, float | None]]]:
@@ -133,24 +148,24 @@ def epochs(net: Net) -> list[tuple[float, float, float]]:
     ]
 
 
-def fooling_examples(nets: Sequence[Net]) -> Examples | None:
-    """An image that every net classifies rightly, DeepFool's example against each, and its class;
-    None where there is none, and for inputs that are no images.
+def fooling_examples(nets: Sequence[Net]) -> list[Examples]:
+    """Images of different classes that every net classifies rightly, each with DeepFool's example
+    against every net and its class; none for inputs that are no images.
     """
     to_images = data.make_to_images(nets[0].run.preprocessing)
     if to_images is None:
-        return None
+        return []
     found = [_attacked(net) for net in nets]
-    index = _example_index(found)
-    if index is None:
-        return None
     image = lambda x: to_images(x[None])[0]
-    original = found[0]["image"][index]
-    examples = [
-        _example(net.label, original, attacked, index, image)
-        for net, attacked in zip(nets, found, strict=True)
-    ]
-    return image(original), examples, str(found[0]["label"][index])
+    shown: list[Examples] = []
+    for index in _example_indices(found):
+        original = found[0]["image"][index]
+        examples = [
+            _example(net.label, original, attacked, index, image)
+            for net, attacked in zip(nets, found, strict=True)
+        ]
+        shown.append((image(original), examples, str(found[0]["label"][index])))
+    return shown
 
 
 def _attacked(net: Net) -> dict[str, np.ndarray]:
@@ -158,17 +173,16 @@ def _attacked(net: Net) -> dict[str, np.ndarray]:
     return net.run.evaluator.deepfool_examples(variables, EXAMPLE_CANDIDATES)
 
 
-def _example_index(found: Sequence[dict[str, np.ndarray]]) -> int | None:
-    """The first image of class EXAMPLE_LABEL, else of any class, that all nets classify rightly and
-    that DeepFool changes for all of them.
+def _example_indices(found: Sequence[dict[str, np.ndarray]]) -> list[int]:
+    """The first image of each of NUM_EXAMPLES classes, in the order of classes, that all nets
+    classify rightly and that DeepFool changes for all of them.
     """
     labels = found[0]["label"]
     usable = np.all(
         [(each["before"] == labels) & (each["after"] != labels) for each in found], axis=0
     )
-    preferred = usable & (labels == EXAMPLE_LABEL)
-    chosen = preferred if preferred.any() else usable
-    return int(np.argmax(chosen)) if chosen.any() else None
+    _, first = np.unique(labels[usable], return_index=True)
+    return np.flatnonzero(usable)[first][:NUM_EXAMPLES].tolist()
 
 
 def _example(
