@@ -25,12 +25,7 @@ from dd_jax.data import Examples
 from dd_jax.evaluation import metrics
 from dd_jax.evaluation.autoattack import AutoAttack
 from dd_jax.evaluation.autoattack_programs import Setting
-from dd_jax.evaluation.measurements import (
-    MEASUREMENTS,
-    MINIMUM_NORM,
-    Settings,
-    curve_epsilons,
-)
+from dd_jax.evaluation.measurements import MEASUREMENTS, MINIMUM_NORM, Settings, curve_epsilons
 from dd_jax.evaluation.metrics import Summary
 from dd_jax.evaluation.programs import (
     SIZE,
@@ -45,7 +40,7 @@ from dd_jax.evaluation.programs import (
 )
 from dd_jax.log import progress
 
-Bounds = Sequence[Array | np.ndarray | float]
+Bounds = Sequence[Array | np.ndarray | float | int]
 ToImages = Callable[[np.ndarray], np.ndarray]
 AUTOATTACK = "autoattack"
 NAMES = (*metrics.MEASUREMENTS, "pass", AUTOATTACK)
