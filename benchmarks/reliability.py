@@ -248,7 +248,7 @@ def read_only_part(folder: pathlib.Path) -> list[Row]:
         ends = {
             "a new run": run(disk / "new", "--skip_evaluate"),
             "a run to resume": run(disk / "part", "--skip_evaluate"),
-            "an evaluation": run(disk / "finished"),
+            "an evaluation": run(disk / "finished", "--skip_train"),
         }
         mount("-o", "remount,rw", str(disk))
         kept = contents(disk) == before
@@ -320,7 +320,9 @@ def damage_one(
         well, end = found.sentence is not None and contents(copy) == before, "refused"
     else:
         same = {stage: found.digest[stage] == wanted[stage] for stage in ("reference", "defended")}
-        kept = spoilt == b"" or spoilt in contents(copy).values()
+        # Of lines that are cut short, all but the rest of the last one are kept where they are.
+        whole_lines = spoilt[: spoilt.rfind(b"\n") + 1] if name.suffix == ".jsonl" else spoilt
+        kept = any(content.startswith(whole_lines) for content in contents(copy).values())
         is_whole = found.digest == wanted
         said = "damaged" in found.errors
         end = "set aside, resumed" if said else "not needed, resumed" if is_whole else "silent"

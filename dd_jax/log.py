@@ -50,19 +50,21 @@ def unused(path: pathlib.Path) -> pathlib.Path:
     return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
-def forget_lines_after(workdir: pathlib.Path, stage: str, step: int) -> None:
+def forget_lines_after(
+    workdir: pathlib.Path, stage: str, step: int, *, last_line: int | None = None
+) -> None:
     """Removes a stage's lines after `step`: those steps were not saved and will be repeated.
 
-    Where lines are damaged, stderr says so, and a copy is kept as metrics.jsonl.damaged.
+    `last_line`: the step of a line that must be there, None for none. Where lines are damaged or
+    missing, stderr says so, and a copy is kept as metrics.jsonl.damaged.
     """
     path = workdir / FILE_NAME
     if path.exists():
-        if num_damaged := sum(line is None for line in _all_lines(path)):
-            aside = unused(path.with_name(f"{path.name}.damaged"))
-            aside.write_bytes(path.read_bytes())
+        if reason := _damage(path, stage, last_line):
+            aside = _kept_beside(path)
             print(
-                f"{num_damaged} lines of {path} are damaged and left out from now on; the file as "
-                f"it was is kept as {aside}.",
+                f"{path} is damaged ({reason}). The curves will have a gap; nets and figures do "
+                f"not depend on it. The file as it was is kept as {aside}.",
                 file=sys.stderr,
             )
         kept = [
@@ -71,6 +73,26 @@ def forget_lines_after(workdir: pathlib.Path, stage: str, step: int) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
+
+
+def _kept_beside(path: pathlib.Path) -> pathlib.Path:
+    """A copy beside the file, made unless there is one already."""
+    content, kept = path.read_bytes(), path.parent.glob(f"{path.name}.damaged*")
+    for copy in kept:
+        if copy.read_bytes() == content:
+            return copy
+    copy = unused(path.with_name(f"{path.name}.damaged"))
+    copy.write_bytes(content)
+    return copy
+
+
+def _damage(path: pathlib.Path, stage: str, last_line: int | None) -> str:
+    """What is wrong with the lines; empty where nothing is."""
+    lines = list(_all_lines(path))
+    if num_damaged := sum(line is None for line in lines):
+        return f"{num_damaged} lines cannot be read"
+    steps = {line["step"] for line in lines if line is not None and line["stage"] == stage}
+    return "" if last_line is None or last_line in steps else f"it lacks lines of the {stage} stage"
 
 
 def is_tensorboard_installed() -> bool:

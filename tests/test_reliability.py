@@ -112,10 +112,23 @@ def test_damaged_lines_are_left_out_with_a_word_and_kept_beside(tmp_path, capsys
     assert list(log.read_lines(tmp_path)) == [line for line in left if line["step"] <= 6]
     said, aside = capsys.readouterr().err, tmp_path / "metrics.jsonl.damaged"
     if damage in ("random bytes", "another type"):
-        assert said.count("\n") == 1 and f"of {path} are damaged" in said and str(aside) in said
+        assert said.count("\n") == 1 and f"{path} is damaged (" in said and str(aside) in said
         assert aside.read_bytes() == damaged
     else:  # As a killed run leaves it.
         assert said == "" and not aside.exists()
+
+
+def test_lines_that_are_missing_are_noticed(tmp_path, capsys):
+    """As after a cut at the end of a line, which damages none. The copy is made once."""
+    for step in (2, 4):
+        log.append_line(tmp_path, {"stage": "reference", "step": step, "loss": 0.5})
+    log.forget_lines_after(tmp_path, "reference", 5, last_line=4)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        log.forget_lines_after(tmp_path, "reference", 7, last_line=6)
+        assert "it lacks lines of the reference stage" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.damaged*"))) == 1
+    assert [line["step"] for line in log.read_lines(tmp_path)] == [2, 4]
 
 
 @each_damage

@@ -74,7 +74,8 @@ def train_stage(
         state = plan.make_state() if is_new else saved.restore(jax.eval_shape(plan.make_state))
         first_step = int(state.step)
         if parallel.is_primary():
-            log.forget_lines_after(workdir, plan.name, first_step)
+            last_line = _last_line(plan, workdir, first_step)
+            log.forget_lines_after(workdir, plan.name, first_step, last_line=last_line)
         state = parallel.replicate(state)
         if first_step < plan.num_steps:
             on_training()
@@ -124,6 +125,16 @@ def _train_with_progress(
                     f"Asked to end; step {step} of the {plan.name} training is saved."
                 )
     return state
+
+
+def _last_line(plan: StagePlan, workdir: pathlib.Path, step: int) -> int | None:
+    """The step of the last line that was written up to a saved step; None where there need be
+    none, as of a net that was loaded and not trained.
+    """
+    if step == plan.num_steps:
+        is_trained = any(line["stage"] == plan.name for line in log.read_lines(workdir))
+        return step if is_trained else None
+    return step - step % _steps_per_line(plan) or None
 
 
 def _steps_per_line(plan: StagePlan) -> int:
