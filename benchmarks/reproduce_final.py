@@ -179,7 +179,7 @@ def measured_on(run: Run, state: TrainState, path: pathlib.Path) -> dict[str, An
 
 def facts(run: Run) -> dict[str, Any]:
     """What the figures of a run were taken with."""
-    stands = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    stands = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(stands, capture_output=True, text=True, check=False).stdout.strip()
     device = jax.devices()[0]
     return {

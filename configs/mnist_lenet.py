@@ -17,4 +17,11 @@ from configs import mnist_mlp
 def get_config():
     config = mnist_mlp.get_config()
     config.model.name = "lenet"
+    # What the figures above were measured with; MLP's own were searched for, these were not yet.
+    config.fine_tuning.num_epochs = 5
+    config.fine_tuning.learning_rate = 1e-3
+    config.fine_tuning.schedule = "halved_at_four_fifths"
+    config.fine_tuning.max_gradient_norm = 0.0
+    config.defense.penalty_weight = 15.0
+    config.defense.correct_scale = 15.0
     return config
