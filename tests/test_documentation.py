@@ -29,13 +29,13 @@ from dd_jax.models.catalog import NETS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LANGUAGES = {"python", "pycon", "bash", "text", "bibtex", "json"}
 MOST_WORDS = 1000  # Of the README.
 # Of shell blocks; none of them is ours.
-OTHER_PROGRAMS = {"git", "cd", "export", "sphinx-build"}
+OTHER_PROGRAMS = {"git", "cd", "export", "sphinx-build", "ruff", "mypy"}
 
 
 class Block(NamedTuple):
