@@ -372,7 +372,7 @@ def start_two(workdir: pathlib.Path) -> list[subprocess.Popen]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-    both = ["--skip_evaluate", "--", "--coordinator", address, "--num_processes", "2"]
+    both = ["--skip_evaluate", "--coordinator", address, "--num_processes", "2"]
     return [start(workdir, *both, "--process_id", str(i)) for i in range(2)]
 
 

@@ -1,7 +1,7 @@
 """One run for benchmarks/reliability.py: train, then evaluate, with a checkpoint after every line.
 
     python benchmarks/reliability_run.py WORKDIR [--kill_at N] [--events FILE] [--seconds S]
-        [--skip_train] [--skip_evaluate] [-- ARGUMENT ...]
+        [--skip_train] [--skip_evaluate] [ARGUMENT ...]
 
 prints a digest of all that must be bitwise the same however often the run was killed. `--kill_at`:
 the process kills itself (SIGKILL) before its N-th operation on a file of the run directory that
@@ -82,15 +82,14 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--kill_at", type=int)
     parser.add_argument("--events")
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--skip_train", action="store_true")
     parser.add_argument("--skip_evaluate", action="store_true")
-    parser.add_argument("more", nargs="*")
-    chosen = parser.parse_args()
+    chosen, more = parser.parse_known_args()
     from dd_jax import commands, data
     from dd_jax.training import loop
 
@@ -107,7 +106,7 @@ def main() -> None:
     overrides = [f"--config.{override}" for override in OVERRIDES]
     train = ["--config", str(ROOT / "configs/digits_mlp.py"), "--workdir", str(chosen.workdir)]
     if not chosen.skip_train:
-        commands.run("train", [*train, *overrides, *chosen.more], commands.SCRIPTS)
+        commands.run("train", [*train, *overrides, *more], commands.SCRIPTS)
     if not chosen.skip_evaluate:
         evaluate = ["--workdir", str(chosen.workdir), "--measure", "deepfool", "fgsm"]
         commands.run("evaluate", evaluate, commands.SCRIPTS)
