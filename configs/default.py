@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
             "tensorboard": False,  # also write the curves for TensorBoard, into WORKDIR/tensorboard
             "model": {
                 # mlp, lenet, convnet, nin, preactresnet18, wideresnet28_10, alexnet,
-                # alexnet_torchvision, resnet18
+                # alexnet_torchvision, resnet18, and those of docs/published_nets.md, such as
+                # wideresnet34_20 and dm_wideresnet70_16
                 "name": "mlp",
                 # bfloat16: weights and activations in the net; perturbations stay float32
                 "compute_dtype": "float32",

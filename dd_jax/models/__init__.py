@@ -29,10 +29,10 @@ from dd_jax import extras
 with extras.needed("train"):
     import flax.linen as nn
 
-from dd_jax.models.catalog import NETS, find
-from dd_jax.models.families import FAMILIES, detect
-from dd_jax.models.normalization import NORMALIZATIONS, Normalization
-from dd_jax.models.torch_layout import Net, TorchLayout
+    from dd_jax.models.catalog import NETS, find
+    from dd_jax.models.families import FAMILIES, detect
+    from dd_jax.models.normalization import NORMALIZATIONS, Normalization
+    from dd_jax.models.torch_layout import Net, TorchLayout
 
 __all__ = [
     "FAMILIES",

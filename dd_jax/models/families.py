@@ -14,7 +14,7 @@ import flax.linen as nn
 
 from dd_jax.models.normalization import CIFAR10, CIFAR100, IMAGENET, NONE
 from dd_jax.models.pre_activation import PreActivationNet
-from dd_jax.models.residual import STAGE_FEATURES, ResNet
+from dd_jax.models.residual import ResNet
 from dd_jax.models.torch_layout import OWN_NORMALIZATION, Net, TorchLayout
 
 Stages = tuple[tuple[int, int], ...]  # (channels, number of blocks) of each stage
@@ -28,6 +28,7 @@ RESNET_BLOCKS = {
 }
 _BASIC_DEPTHS = (18, 34)  # The deeper ones have bottlenecks.
 _WIDE_RESNET_STEM = 16
+_RESNET_FEATURES = (64, 128, 256, 512)  # of the stages
 
 
 class Naming(NamedTuple):
@@ -117,8 +118,10 @@ def detect(shapes: Shapes) -> str | None:
     return next((name for family in FAMILIES if (name := family.name_of(shapes))), None)
 
 
-def _pre_activation(naming: Naming, stages: Stages, unused: str = "", **options: Any) -> Net:
-    """A `PreActivationNet` with PyTorch's names of its weights."""
+def pre_activation(naming: Naming, stages: Stages, unused: str = "", **options: Any) -> Net:
+    """A `PreActivationNet` with PyTorch's names of its weights; options are the net's attributes,
+    and `unused` is as in `TorchLayout`.
+    """
     renamed = OWN_NORMALIZATION | {
         "stem": naming.stem,
         "norm": naming.norm,
@@ -170,7 +173,7 @@ def _trades(match: re.Match) -> Net:
     # sub_block1 is trained nowhere. Every block lists the net's one activation again.
     unused = r"sub_block1\..*|.+\.activation\.(alpha|beta)"
     options = _TRADES_VARIANTS[variant]
-    return _pre_activation(TRADES, _wide_stages(depth, width), unused, **options)
+    return pre_activation(TRADES, _wide_stages(depth, width), unused, **options)
 
 
 def _trades_name(shapes: Shapes) -> str | None:
@@ -188,8 +191,8 @@ def _huang(match: re.Match) -> Net:
     if not all(number for stage in stages for number in stage):
         raise ValueError(f"{match.string} has a stage without blocks or channels.")
     if year == "2021":
-        return _pre_activation(HUANG2021, stages)
-    return _pre_activation(HUANG2022, stages, activation="silu", normalization=CIFAR10)
+        return pre_activation(HUANG2021, stages)
+    return pre_activation(HUANG2022, stages, activation="silu", normalization=CIFAR10)
 
 
 def _huang_name(shapes: Shapes) -> str | None:
@@ -205,9 +208,10 @@ def _make_deepmind(make: Callable[..., nn.Module], num_classes: int = 10) -> nn.
     return make(num_classes=num_classes, normalization=colors)
 
 
-def _deepmind(naming: Naming, stages: Stages, unused: str = "", **options: Any) -> Net:
+def deepmind(naming: Naming, stages: Stages, unused: str = "", **options: Any) -> Net:
+    """A net of DeepMind's: SiLU, padding after, CIFAR's colors."""
     options = {"activation": "silu", "pads_after": True} | options
-    net = _pre_activation(naming, stages, unused, **options)
+    net = pre_activation(naming, stages, unused, **options)
     return net._replace(make=functools.partial(_make_deepmind, net.make))
 
 
@@ -222,7 +226,7 @@ def _deepmind_wide(match: re.Match) -> Net:
     depth, width, variant = match.groups()
     unused = r".*meansparse_(\d|end)\.(flag_update_statistics|batch_num)"
     options = _DEEPMIND_VARIANTS[variant]
-    return _deepmind(DEEPMIND, _wide_stages(depth, width), unused, **options)
+    return deepmind(DEEPMIND, _wide_stages(depth, width), unused, **options)
 
 
 def _deepmind_wide_name(shapes: Shapes) -> str | None:
@@ -234,7 +238,7 @@ def _deepmind_wide_name(shapes: Shapes) -> str | None:
 
 
 def _resnet_stages(depth: str) -> Stages:
-    return tuple(zip(STAGE_FEATURES, RESNET_BLOCKS[int(depth)], strict=True))
+    return tuple(zip(_RESNET_FEATURES, RESNET_BLOCKS[int(depth)], strict=True))
 
 
 def _basic_depth(stages: Stages) -> int | None:
@@ -243,7 +247,7 @@ def _basic_depth(stages: Stages) -> int | None:
 
 def _deepmind_pre_act(match: re.Match) -> Net:
     stages = _resnet_stages(match[1])
-    return _deepmind(DEEPMIND_PRE_ACT, stages, stem_features=64, shortcut="padded_input")
+    return deepmind(DEEPMIND_PRE_ACT, stages, stem_features=64, shortcut="padded_input")
 
 
 def _deepmind_pre_act_name(shapes: Shapes) -> str | None:
@@ -253,8 +257,8 @@ def _deepmind_pre_act_name(shapes: Shapes) -> str | None:
 
 def _pre_act(match: re.Match) -> Net:
     depth, plain = match.groups()
-    options = {"shortcut": "input", "final_norm": False} if plain else {}
-    return _pre_activation(PRE_ACT, _resnet_stages(depth), stem_features=64, **options)
+    options: dict[str, Any] = {"shortcut": "input", "final_norm": False} if plain else {}
+    return pre_activation(PRE_ACT, _resnet_stages(depth), stem_features=64, **options)
 
 
 def _pre_act_name(shapes: Shapes) -> str | None:
@@ -272,25 +276,27 @@ def _resnet(match: re.Match) -> Net:
     width = None if depth in _BASIC_DEPTHS else 2 if wide else 1
     colors = {None: None, "normalizing": IMAGENET, "cifar": NONE}[variant]
     naming = SMALL_RESNET if is_small else TORCHVISION
+    sizes = {"bottleneck_width": width, "normalization": colors}
+    return residual(naming, RESNET_BLOCKS[depth], small_images=is_small, **sizes)
+
+
+def residual(
+    naming: Naming, num_blocks: tuple[int, ...], *, small_images: bool = False, **options: Any
+) -> Net:
+    """A `ResNet` with PyTorch's names of its weights; options are the net's attributes."""
     renamed = OWN_NORMALIZATION | {
         **{
             f"layer{stage}_{block}": naming.block_name(stage, block)
-            for stage, num_blocks in enumerate(RESNET_BLOCKS[depth], start=1)
-            for block in range(num_blocks)
+            for stage, blocks in enumerate(num_blocks, start=1)
+            for block in range(blocks)
         },
         "downsample_conv": f"{naming.shortcut}.0",
         "downsample_bn": f"{naming.shortcut}.1",
         "fc": naming.head,
     }
-    make = functools.partial(
-        ResNet,
-        num_blocks=RESNET_BLOCKS[depth],
-        bottleneck_width=width,
-        small_images=is_small,
-        normalization=colors,
-        **({"num_classes": 10} if is_small else {}),
-    )
-    return Net(make, TorchLayout("fc", renamed=renamed))
+    classes = {"num_classes": 10} if small_images else {}
+    attributes = {"num_blocks": num_blocks, "small_images": small_images, **classes, **options}
+    return Net(functools.partial(ResNet, **attributes), TorchLayout("fc", renamed=renamed))
 
 
 def _resnet_name(shapes: Shapes) -> str | None:
@@ -309,7 +315,7 @@ def _resnet_name(shapes: Shapes) -> str | None:
     if is_small:
         return f"resnet{depth}_cifar"
     inner = (*shapes.get("layer1.0.conv1.weight", ()), 0)[0]
-    wide = "wide_" if has_bottlenecks and inner == 2 * STAGE_FEATURES[0] else ""
+    wide = "wide_" if has_bottlenecks and inner == 2 * _RESNET_FEATURES[0] else ""
     return f"{wide}resnet{depth}{'_2' if wide else ''}_normalizing"
 
 

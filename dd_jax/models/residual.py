@@ -2,6 +2,8 @@
 usual variant for 32 x 32 images.
 """
 
+from typing import Any
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
@@ -9,7 +11,6 @@ from dd_jax.models.layers import batch_norm, conv, dense
 from dd_jax.models.normalization import Normalization, Normalize
 from dd_jax.xla.pooling import Maps, max_pool
 
-STAGE_FEATURES = (64, 128, 256, 512)
 EXPANSION = 4  # of a bottleneck's outputs, relative to the stage's features
 
 
@@ -27,6 +28,7 @@ class ResNet(nn.Module):
 
     Attributes:
       num_blocks: of each stage.
+      features: channels of the first stage, and of the first convolution.
       bottleneck_width: None for `ResidualBlock`s; otherwise the blocks are `BottleneckBlock`s, and
         this is the width of their 3x3 convolutions relative to the stage's channels (2 in
         torchvision's `wide_resnet50_2`).
@@ -37,6 +39,7 @@ class ResNet(nn.Module):
     """
 
     num_blocks: tuple[int, ...] = (2, 2, 2, 2)
+    features: int = 64
     bottleneck_width: int | None = None
     small_images: bool = False
     normalization: Normalization | None = None
@@ -59,23 +62,26 @@ class ResNet(nn.Module):
         if self.normalization is not None:
             x = Normalize(self.normalization, name="normalize")(x)
         size, stride = (3, 1) if self.small_images else (7, 2)
-        x = conv(64, size, stride=stride, padding=size // 2, use_bias=False, name="conv1")(x)
+        padding = size // 2
+        first = conv(
+            self.features, size, stride=stride, padding=padding, use_bias=False, name="conv1"
+        )
+        x = first(x)
         x = nn.relu(batch_norm(**norm, name="bn1")(x))
         if not self.small_images:
             x = max_pool(x, 3, 2, padding=1)
         for stage, blocks in enumerate(self.num_blocks, start=1):
-            features = STAGE_FEATURES[stage - 1]
             for block in range(blocks):
-                options = {
-                    "stride": 2 if stage > 1 and block == 0 else 1,
-                    "name": f"layer{stage}_{block}",
-                }
-                if self.bottleneck_width is None:
-                    x = ResidualBlock(features, **options)(x, **norm)
-                else:
-                    inner = self.bottleneck_width * features
-                    x = BottleneckBlock(EXPANSION * features, inner, **options)(x, **norm)
+                x = self._block(stage, block)(x, **norm)
         return dense(self.num_classes, name="fc")(x.mean(axis=(1, 2)))
+
+    def _block(self, stage: int, block: int) -> nn.Module:
+        """A block, its stage counted from 1."""
+        features = self.features * 2 ** (stage - 1)
+        place = {"stride": 2 if stage > 1 and block == 0 else 1, "name": f"layer{stage}_{block}"}
+        if self.bottleneck_width is None:
+            return ResidualBlock(features, **place)
+        return BottleneckBlock(EXPANSION * features, self.bottleneck_width * features, **place)
 
 
 class ResidualBlock(nn.Module):
@@ -95,7 +101,7 @@ class ResidualBlock(nn.Module):
         features), sizes rounded up.
         """
         norm = {"update_batch_stats": update_batch_stats}
-        plain = {"use_bias": False}
+        plain: dict[str, Any] = {"use_bias": False}
         y = conv(self.features, 3, stride=self.stride, padding=1, **plain, name="conv1")(x)
         y = nn.relu(batch_norm(**norm, name="bn1")(y))
         y = conv(self.features, 3, padding=1, **plain, name="conv2")(y)
@@ -120,7 +126,8 @@ class BottleneckBlock(nn.Module):
     ) -> Float[Array, "batch down across features"]:
         """Maps of the same sizes as in `ResidualBlock`."""
         norm = {"update_batch_stats": update_batch_stats}
-        inner, plain = self.inner_features, {"use_bias": False}
+        inner = self.inner_features
+        plain: dict[str, Any] = {"use_bias": False}
         y = conv(inner, 1, **plain, name="conv1")(x)
         y = nn.relu(batch_norm(**norm, name="bn1")(y))
         y = conv(inner, 3, stride=self.stride, padding=1, **plain, name="conv2")(y)

@@ -39,7 +39,7 @@ class Classifier:
     @property
     def apply_fn(self) -> Callable[..., Array]:
         """`apply_fn(variables, images)` gives logits, for those who change the weights."""
-        return self.model.apply
+        return self.model.apply  # type: ignore[return-value]
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -47,10 +47,10 @@ class Classifier:
         return self.model.input_shape
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"]
+        self, images: Float[Array | np.ndarray, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
         """Logits of images in RGB, channels last, entries in [0, 1]."""
-        return self.model.apply(self.variables, images)
+        return self.apply_fn(self.variables, jnp.asarray(images))
 
     def __str__(self) -> str:
         shape = ", ".join(map(str, self.input_shape))
@@ -94,20 +94,15 @@ def robust_classifier(
         that has none.
     """
     arrays = files.read_arrays(path, name)
-    name = name or _recognized(path, arrays)
+    name = name or recognized(path, arrays)
     variables = files.checked_variables(path, name, arrays)
     num_classes = layouts.num_classes(name, variables)
     if normalization is not None:
-        if layouts.own_normalization(variables) is None:
-            raise WeightsError(
-                f"{name} does not normalize images itself, so it takes no normalization; leave it "
-                "out and give it inputs that are normalized."
-            )
         variables = layouts.with_normalization(variables, normalization)
         source = "as was asked for"
     else:
         source = _source(path, arrays, num_classes)
-    notes = (_sentence(name, variables, source), layouts.unused_entries(name, arrays))
+    notes = (_sentence(name, variables, source), layouts.said_of_unused(name, arrays))
     return Classifier(
         name=name,
         model=models.create(name, num_classes),
@@ -117,7 +112,11 @@ def robust_classifier(
     )
 
 
-def _recognized(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> str:
+def recognized(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> str:
+    """The name of the net that arrays of a file belong to; WeightsError where there is none.
+
+    The file's name tells which of RobustBench's models standardize every image.
+    """
     try:
         name = files.detected({entry: array.shape for entry, array in arrays.items()})
     except WeightsError as error:

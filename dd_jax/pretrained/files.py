@@ -19,7 +19,8 @@ from dd_jax.pretrained.errors import WeightsError
 from dd_jax.pretrained.layouts import (
     check_shapes,
     layer_names,
-    unused_entries,
+    said_of_unused,
+    to_torch,
     variables_from_torch,
 )
 from dd_jax.pretrained.state_dicts import plain_names
@@ -58,9 +59,24 @@ def load(path: str | os.PathLike, name: str) -> dict[str, Any]:
     the net, the error lists all that are missing, unknown or of another shape.
     """
     arrays = read_arrays(path, name)
-    if unused := unused_entries(name, arrays):
+    if unused := said_of_unused(name, arrays):
         warnings.warn(f"{os.fspath(path)}: {unused}", stacklevel=2)
     return checked_variables(path, name, arrays)
+
+
+def save(path: str | os.PathLike, name: str, variables: Mapping[str, Any]) -> None:
+    """Writes the variables of the net `name` to a .safetensors file with PyTorch's names and layout
+    (`to_torch`), for `load` and `robust_classifier`, and for PyTorch.
+
+    A failed write leaves no file of this name. Raises WeightsError for another suffix, an unknown
+    name and variables of another net.
+    """
+    if pathlib.Path(path).suffix != ".safetensors":
+        raise WeightsError(
+            f"{os.fspath(path)} would be a safetensors file; give it a name that ends in "
+            ".safetensors."
+        )
+    save_safetensors(path, to_torch(name, variables))
 
 
 def checked_variables(

@@ -69,28 +69,56 @@ def variables_from_torch(name: str, state_dict: Mapping[str, ArrayLike]) -> dict
 
     Returns:
       {"params": ...}, and "batch_stats" for nets with batch normalization, with the structure that
-      `model.init` returns, in NumPy arrays of the given dtypes.
+      `model.init` returns, in NumPy arrays of the given dtypes, mu and sigma in float32.
 
     Raises:
       WeightsError: unknown name, or entries that are missing, unknown or of another shape; the
-        message lists all of them.
+        message lists all of them. Also for mu or sigma that no image can be normalized by.
     """
     arrays = {entry: np.asarray(value) for entry, value in state_dict.items()}
-    entries = check_shapes(name, {entry: array.shape for entry, array in arrays.items()})
+    shapes = {entry: array.shape for entry, array in arrays.items()}
+    entries = check_shapes(name, shapes)
     flattened = _net(name).torch_layout.flattened
     flat = {
-        path: _flax_array(_reshaped(arrays[entry], shape), flattened.get(path[-2]))
+        path: _flax_array(arrays[entry].reshape(shape), flattened.get(path[-2]))
         for path, (entry, shape) in entries.items()
-        if entry in arrays
+        if path[:2] != _NORMALIZATION
     }
     variables = flax.traverse_util.unflatten_dict(flat)
-    is_own = any(path[:2] == _NORMALIZATION for path in entries)
-    if is_own and MU not in arrays:
-        default = models.create(
-            name, _num_classes(name, {entry: array.shape for entry, array in arrays.items()})
-        ).normalization
-        return with_normalization(variables, default)
-    return variables
+    if len(flat) == len(entries):
+        return variables
+    if MU in arrays:
+        return _with_own(variables, (arrays[MU], arrays[SIGMA]))
+    return _with_own(variables, models.create(name, _num_classes(name, shapes)).normalization)
+
+
+def to_torch(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Converts our variables to the weights of a PyTorch net: the inverse of
+    `variables_from_torch`.
+
+    Args:
+      name: one of `models.NAMES` or of `models.FAMILIES`.
+      variables: of `models.create(name)`, with any number of classes.
+
+    Returns:
+      From PyTorch's names to arrays of the same dtypes in PyTorch's layout, for
+      `net.load_state_dict` once they are tensors. A net's own normalization is "mu" and "sigma",
+      (1, 3, 1, 1). PyTorch's counts of updates (`num_batches_tracked`) are not among them.
+
+    Raises:
+      WeightsError: unknown name, or variables of another net.
+    """
+    flattened = _net(name).torch_layout.flattened
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    arrays = {
+        _entry(name, path): _torch_array(np.asarray(leaf), flattened.get(path[-2]))
+        for path, leaf in flat.items()
+    }
+    check_shapes(name, {entry: array.shape for entry, array in arrays.items()})
+    for entry in (MU, SIGMA):
+        if entry in arrays:
+            arrays[entry] = arrays[entry].reshape(1, -1, 1, 1)
+    return arrays
 
 
 def num_classes(name: str, variables: Mapping[str, Any]) -> int:
@@ -112,8 +140,18 @@ def with_normalization(
     """The variables of a net that normalizes its inputs itself, with other mu and sigma.
 
     One number each stands for all three channels. Raises WeightsError for another number of them,
-    for numbers that are not finite, and for a standard deviation that is not positive.
+    for numbers that are not finite, for a standard deviation that is not positive, and for a net
+    that does not normalize its inputs.
     """
+    if own_normalization(variables) is None:
+        raise WeightsError(
+            "This net does not normalize images itself, so it takes no normalization; leave it out "
+            "and give the net inputs that are normalized."
+        )
+    return _with_own(variables, normalization)
+
+
+def _with_own(variables: Mapping[str, Any], normalization: tuple[Any, Any]) -> dict[str, Any]:
     mu, sigma = (np.asarray(each, np.float32).reshape(-1) for each in normalization)
     sizes_fit = {mu.size, sigma.size} <= {1, _CHANNELS}
     if not (sizes_fit and np.isfinite(mu).all() and np.isfinite(sigma).all() and (sigma > 0).all()):
@@ -125,17 +163,18 @@ def with_normalization(
     return {**variables, "batch_stats": {**variables["batch_stats"], "normalize": own}}
 
 
-def unused_entries(name: str, entries: Iterable[str]) -> str:
-    """A sentence on the entries that published weights of a net have and the net does not use;
-    empty if there are none.
-    """
-    unused = [entry for entry in entries if _is_unused(name, entry)]
+def unused_entries(name: str, entries: Iterable[str]) -> list[str]:
+    """Those of the entries that published weights of a net have and the net does not use."""
+    return [entry for entry in entries if _is_unused(name, entry)]
+
+
+def said_of_unused(name: str, entries: Iterable[str]) -> str:
+    """A sentence on the `unused_entries`; empty if there are none."""
+    unused = unused_entries(name, entries)
     if not unused:
         return ""
-    kinds = dict.fromkeys(entry.partition(".")[0] for entry in unused)
-    listed = ", ".join(
-        kinds if len(kinds) <= _KINDS_SHOWN else (*list(kinds)[:_KINDS_SHOWN], "...")
-    )
+    kinds = list(dict.fromkeys(entry.partition(".")[0] for entry in unused))
+    listed = ", ".join([*kinds[:_KINDS_SHOWN], *(["..."] if len(kinds) > _KINDS_SHOWN else [])])
     return f"{len(unused)} arrays ({listed}) are left out, because {name} does not use them."
 
 
@@ -248,11 +287,6 @@ def _as_expected(entry: str, shape: Shape, expected: Shape) -> Shape:
     return shape
 
 
-def _reshaped(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """Reshapes an array; one number stands for all."""
-    return np.resize(array, shape) if array.size == 1 else array.reshape(shape)
-
-
 def _flax_array(array: np.ndarray, flattened: tuple[int, int, int] | None) -> np.ndarray:
     """Brings the axes of a PyTorch array into Flax's order, and the inputs of a linear layer that
     reads flattened maps as well.
@@ -265,6 +299,20 @@ def _flax_array(array: np.ndarray, flattened: tuple[int, int, int] | None) -> np
         return array.T
     num_outputs = array.shape[0]
     return array.reshape(num_outputs, *flattened).transpose(2, 3, 1, 0).reshape(-1, num_outputs)
+
+
+def _torch_array(array: np.ndarray, flattened: tuple[int, int, int] | None) -> np.ndarray:
+    """The inverse of `_flax_array`."""
+    if array.ndim < 2:
+        return array
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if flattened is None or array.shape[0] != math.prod(flattened):
+        return array.T
+    channels, height, width = flattened
+    num_outputs = array.shape[1]
+    maps = array.reshape(height, width, channels, num_outputs).transpose(3, 2, 0, 1)
+    return maps.reshape(num_outputs, -1)
 
 
 def _check_entries(name: str, given: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
