@@ -245,7 +245,7 @@ def towards_nearest(logits_at: LogitsFn, problem: Problem, path: Path, rules: Ru
     def nearer(number: Array | int, state: tuple[Boundary, Array]) -> tuple[Boundary, Array]:
         """Classes are tried one at a time: all gradients at once would need much memory."""
         nearest, distance = state
-        towards = one_hot[number] - one_hot[labels]
+        towards = one_hot[number][None] - one_hot[labels]
         here = Boundary(jnp.sum(towards * logits, axis=-1), pull_back(towards)[0])
         to_it = jnp.where(number == labels, jnp.inf, distance_to(here, rules.norm))
         better = partial(where_rows, to_it < distance)

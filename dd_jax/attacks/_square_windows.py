@@ -86,14 +86,13 @@ def make_windows(layout: Layout, shares: Sequence[float], least: int) -> Windows
     """The squares with those shares of the pixels, not shorter than `least`; odd from 3 on."""
     height, width = layout.height, layout.width
     sides = [side_of(share, height, width, least) for share in shares]
-    heights = np.array([min(side, height) for side in sides], np.int32)
-    widths = np.array([min(side, width) for side in sides], np.int32)
+    shapes = [(min(side, height), min(side, width)) for side in sides]
+    heights, widths = np.array(shapes, np.int32).T
     if least == 1:
         return Windows(heights, widths, np.zeros((1, 2, 1, 1)), np.zeros((1, 2, 1, 1)))
     patterns = [
-        [np.pad(one, ((height, height - h), (width, width - w))) for one in both]
-        for h, w in zip(heights, widths, strict=True)
-        for both in [orientations(h, w)]
+        [np.pad(one, ((height, height - h), (width, width - w))) for one in orientations(h, w)]
+        for h, w in shapes
     ]
     return Windows(heights, widths, np.array(patterns), tiles_of(height, width))
 

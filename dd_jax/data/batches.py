@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Shaped
 
 Images = Shaped[np.ndarray, "n h w c"]
+Inputs = Shaped[np.ndarray, "n ..."]
 Labels = Int32[np.ndarray, " n"]
 Batch = Mapping[str, Any]
 """Arrays "image", "label" and "mask" with the same number of rows: of NumPy outside `jit`, of JAX
@@ -105,7 +106,7 @@ def training_batch(
     return {"image": image, "label": labels[rows], "mask": np.ones(batch_size, np.float32)}
 
 
-def evaluation_batches(images: Images, labels: Labels, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(images: Inputs, labels: Labels, batch_size: int) -> Iterator[Batch]:
     """Yields all examples in order, in batches of one shape.
 
     The last batch is filled with zero images of label 0, whose `mask` is 0; weight sums over a
@@ -201,9 +202,9 @@ class Examples(NamedTuple):
     is_share: bool = False
 
 
-def in_memory(inputs: Float[np.ndarray, "n h w c"], labels: Labels) -> Examples:
-    """Returns the examples of arrays in memory: inputs of the net, float32 `(n, h, w, c)`, and
-    labels, int32 `(n,)`.
+def in_memory(inputs: Float[np.ndarray, "n ..."], labels: Labels) -> Examples:
+    """Returns the examples of arrays in memory: inputs of the net, float32 `(n, ...)`, and labels,
+    int32 `(n,)`.
     """
     limits = (float(inputs.min()), float(inputs.max())) if len(inputs) else (0.0, 1.0)
     first = lambda count, batch_size: evaluation_batches(inputs[:count], labels[:count], batch_size)

@@ -10,8 +10,8 @@ attack, these functions compute the same but verify less.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dd_jax.norms import Bounds, Norm, lp_norm, stay_within
-from dd_jax.types import LogitsFn
+from dd_jax.norms import Bounds, LpNorm, lp_norm, stay_within
+from dd_jax.types import LogitsFn, Scalar
 
 ROUNDING = 8
 """Units of precision by which a perturbation may exceed a bound or a ball."""
@@ -35,8 +35,8 @@ def is_fooled(
     classes: Int[Array, " batch"],
     *,
     bounds: Bounds | None = None,
-    epsilon: float | None = None,
-    norm: Norm = "linf",
+    epsilon: Scalar | None = None,
+    norm: LpNorm = "linf",
 ) -> Bool[Array, " batch"]:
     """Whether inputs + perturbation is not classified as `classes`, and the perturbation is
     allowed.
@@ -67,8 +67,8 @@ def is_allowed(
     inputs: Float[Array, "batch ..."],
     perturbation: Float[Array, "batch ..."],
     bounds: Bounds | None,
-    epsilon: float | None,
-    norm: Norm,
+    epsilon: Scalar | None,
+    norm: LpNorm,
 ) -> Bool[Array, " batch"]:
     """Whether each perturbation is finite and, up to rounding, within the bounds and within the lp
     ball of radius epsilon.
