@@ -15,8 +15,8 @@ MEANINGS = {
     "misclassified.",
     "l2_carlini_wagner": "The mean of ||D||₂ under the attack of Carlini and Wagner (C&W).",
     "carlini_wagner_success": "The share of images whose prediction C&W changes.",
-    "rho_l2_ddn": "As rho_2, under DDN. DDN, FMN and C&W keep to the range of the inputs; DeepFool, "
-    "and mostly FGSM, do not.",
+    "rho_l2_ddn": "As rho_2, under DDN. DDN, FMN and C&W keep to the range of the inputs; DeepFool "
+    "does not, and FGSM mostly does not.",
     "l2_ddn": "The mean of ||D||₂ under DDN.",
     "ddn_success": "The share of images whose prediction DDN changes.",
     "rho_linf_fmn": "The mean of ||D||∞ / ||x||∞ under FMN.",

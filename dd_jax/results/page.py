@@ -71,15 +71,13 @@ def comparison_page(
     rows: Sequence[Row], notes: Sequence[str], runs: Mapping[str, Report], contents: Contents
 ) -> str:
     """The page of a comparison: `rows` and `notes` of its table, and the runs' reports by label."""
-    reports = list(runs.values())
-    title = f"{len(runs)} runs of {reports[0].model} on {reports[0].data.partition(' (')[0]}"
+    report, *others = runs.values()
+    title = f"{len(runs)} runs of {report.model} on {report.data.partition(' (')[0]}"
     columns = measured_columns(rows)
     head = ["", *(column.heading for column in columns)]
     cells = [[row.label, *(cell(row, column) for column in columns)] for row in rows]
-    remarks = list(dict.fromkeys(x for report in reports for x in report.remarks))
-    differing = [
-        [label, ", ".join(_differing(report, reports)) or "-"] for label, report in runs.items()
-    ]
+    remarks = list(dict.fromkeys(x for each in (report, *others) for x in each.remarks))
+    differing = _differing(runs)
     body = [
         html.element("h1", title),
         *_section("Measured", html.table("Figures of each net", head, cells)),
@@ -88,8 +86,8 @@ def comparison_page(
         *_section("Remarks", _remarks(remarks)),
         *_after_the_table(contents),
         *_section("How the runs differ", _in_words("Fields of each run", differing)),
-        *_section("Configuration", html.folded("All fields", _configuration(reports[0].config))),
-        *_section("Machine and packages", _machine(reports[0])),
+        *_section("Configuration", html.folded("All fields", _configuration(report.config))),
+        *_section("Machine and packages", _machine(report)),
     ]
     return _document(title, body, contents)
 
@@ -168,7 +166,12 @@ def _machine(report: Report) -> Html:
     return _in_words("What it was measured with", lines)
 
 
-def _differing(report: Report, reports: Sequence[Report]) -> list[str]:
-    """FIELD=VALUE for the fields in which the runs differ."""
-    differ = lambda name: len({repr(each.config.get(name)) for each in reports}) > 1
-    return [f"{name}={value}" for name, value in report.config.items() if differ(name)]
+def _differing(runs: Mapping[str, Report]) -> list[list[str]]:
+    """Each run's label, and FIELD=VALUE for the fields in which the runs differ."""
+    records = {label: report.config for label, report in runs.items()}
+    values = lambda name: {repr(record.get(name)) for record in records.values()}
+    fields = [name for name in next(iter(records.values())) if len(values(name)) > 1]
+    return [
+        [label, ", ".join(f"{name}={record.get(name)}" for name in fields) or "-"]
+        for label, record in records.items()
+    ]
