@@ -35,9 +35,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import jax
+
+from benchmarks import reliability_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "benchmarks/reliability_run.py"
@@ -74,23 +79,71 @@ class Row(NamedTuple):
     seen: str
 
 
-def start(workdir: pathlib.Path, *options: str) -> subprocess.Popen:
+class Process:
+    """A run in a process of its own, forked from this one, which has imported everything and has
+    not started JAX: importing would take as long as the run.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        sys.stdout.flush()
+        self.id = os.fork()
+        if self.id == 0:
+            self._run(arguments)
+
+    def _run(self, arguments: Sequence[str]) -> None:
+        code = 1
+        try:
+            for file, number in zip(self._files, (1, 2), strict=True):
+                os.dup2(file.fileno(), number)
+            sys.argv = [str(PROGRAM), *arguments]
+            reliability_run.main(arguments)
+            code = 0
+        except SystemExit as ending:
+            if isinstance(ending.code, str):
+                print(ending.code, file=sys.stderr)
+            code = ending.code if isinstance(ending.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            if jax.distributed.is_initialized():
+                jax.distributed.shutdown()  # As at the end of Python.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.id, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> tuple[int, str, str]:
+        """Its exit code, or minus a signal's number, and what it printed. One that hangs is killed,
+        and that is said.
+        """
+        patience, status = time.monotonic() + seconds, None
+        while status is None:
+            done, found = os.waitpid(self.id, os.WNOHANG)
+            status = found if done else None
+            if status is None and time.monotonic() > patience:
+                self.kill()
+                self._files[1].write(f"\nkilled after {seconds} s")
+            time.sleep(0.02)
+        for file in self._files:
+            file.seek(0)
+        out, errors = (file.read() for file in self._files)
+        return os.waitstatus_to_exitcode(status), out, errors
+
+
+def start(workdir: pathlib.Path, *options: str) -> Process:
     """Starts a run, or resumes it."""
-    command = [sys.executable, str(PROGRAM), str(workdir), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    return subprocess.Popen(command, **pipes)
+    return Process([str(workdir), *options])
 
 
-def ended(process: subprocess.Popen, seconds: float = MOST_SECONDS) -> Ended:
-    """Waits for its end; one that hangs is killed, and counts as such."""
-    try:
-        out, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, errors = process.communicate()
-        errors += f"\nkilled after {seconds} s"
+def ended(process: Process, seconds: float = MOST_SECONDS) -> Ended:
+    """Waits for its end."""
+    code, out, errors = process.wait(seconds)
     printed = [line for line in out.splitlines() if line.startswith('{"reference"')]
-    return Ended(process.returncode, json.loads(printed[0]) if printed else None, errors)
+    return Ended(code, json.loads(printed[0]) if printed else None, errors)
 
 
 def run(workdir: pathlib.Path, *options: str) -> Ended:
@@ -132,6 +185,22 @@ def doing(workdir: pathlib.Path) -> str:
     return "measuring" if is_trained and '"measured"' not in report else "training"
 
 
+def killed_at_a_moment(
+    workdir: pathlib.Path, options: Sequence[str], seconds: float, chance: random.Random
+) -> Ended:
+    """A run that is killed at a random moment of about as many seconds, not near its beginning;
+    tried again where it had ended before.
+    """
+    while True:
+        process = start(workdir, *options)
+        time.sleep(chance.uniform(0.2, 1.0) * seconds)
+        process.kill()
+        killed, seconds = ended(process), 0.8 * seconds
+        if killed.code == -signal.SIGKILL:
+            return killed
+        shutil.rmtree(workdir)
+
+
 def kill_part(folder: pathlib.Path, num_kills: int, chance: random.Random) -> list[Row]:
     """Runs that are killed and resumed."""
     kinds = {"": (), "_trained": ("--skip_evaluate",)}  # One in four is evaluated, too.
@@ -148,10 +217,8 @@ def kill_part(folder: pathlib.Path, num_kills: int, chance: random.Random) -> li
             killed = run(workdir, "--kill_at", str(number), *kinds[name])
             where = what_is_written(events[number - 1])
         else:
-            process = start(workdir, *kinds[name])
-            time.sleep(chance.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            killed, where = ended(process), doing(workdir)
+            killed = killed_at_a_moment(workdir, kinds[name], seconds, chance)
+            where = doing(workdir)
         was_killed = killed.code == -signal.SIGKILL
         resumed = run(workdir, *kinds[name])
         (places if by_event else moments)[where if was_killed else "after its end"] += 1
@@ -349,7 +416,7 @@ def processes_part(folder: pathlib.Path, chance: random.Random, per_victim: int 
         killed_at, tried = time.monotonic(), tried + 1
         other = ended(processes[1 - victim], 2 * SECONDS_FOR_THE_OTHER)
         waits.append(time.monotonic() - killed_at)
-        processes[victim].communicate()
+        ended(processes[victim])
         sentences += other.sentence is not None
         again = [ended(process) for process in start_two(workdir)]
         num_equal += again[0].digest == wanted
@@ -367,7 +434,7 @@ def processes_part(folder: pathlib.Path, chance: random.Random, per_victim: int 
     ]
 
 
-def start_two(workdir: pathlib.Path) -> list[subprocess.Popen]:
+def start_two(workdir: pathlib.Path) -> list[Process]:
     """The same run in two processes."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -394,6 +461,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="where to append the table")
     chosen = parser.parse_args()
     rows: list[Row] = []
+    reliability_run.load()
     with tempfile.TemporaryDirectory() as name:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{name}/cache")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -412,8 +480,6 @@ def main() -> None:
                 rows += {"disk": disk_part, "read_only": read_only_part}[part](folder)
             print(table(rows), flush=True)
     if chosen.out:
-        import jax
-
         where = f"Python {platform.python_version()}, jax {jax.__version__}, {platform.system()}"
         command = f"`python -m benchmarks.reliability {' '.join(sys.argv[1:])}`"
         text = (

@@ -11,12 +11,14 @@ step, so that there is time to be killed from outside. ARGUMENT: of `dd-jax trai
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -81,7 +83,15 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     return found | {"report.json": hashlib.sha256(figures).hexdigest()}
 
 
-def main() -> None:
+def load() -> None:
+    """Imports all that a run imports; JAX does not start."""
+    names = ("dd_jax.commands.train", "dd_jax.commands.evaluate", "dd_jax.experiment.pages")
+    for name in (*names, "matplotlib.pyplot", "sklearn.datasets"):
+        importlib.import_module(name)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains and evaluates, see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--kill_at", type=int)
@@ -89,8 +99,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--skip_train", action="store_true")
     parser.add_argument("--skip_evaluate", action="store_true")
-    chosen, more = parser.parse_known_args()
+    chosen, more = parser.parse_known_args(arguments)
     from dd_jax import commands, data
+    from dd_jax.commands import train as train_command
     from dd_jax.training import loop
 
     loop.MOST_STEPS_PER_LINE, loop.FEWEST_LINES = STEPS_PER_LINE, 1
@@ -105,6 +116,8 @@ def main() -> None:
     watch_files(str(chosen.workdir), chosen.kill_at, chosen.events)
     overrides = [f"--config.{override}" for override in OVERRIDES]
     train = ["--config", str(ROOT / "configs/digits_mlp.py"), "--workdir", str(chosen.workdir)]
+    if chosen.skip_evaluate:  # The page takes as long as the rest.
+        train_command.write_page = lambda *_: ""
     if not chosen.skip_train:
         commands.run("train", [*train, *overrides, *more], commands.SCRIPTS)
     if not chosen.skip_evaluate:
@@ -114,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
