@@ -18,9 +18,9 @@ DESCRIPTION = """Measures a finished run, from its checkpoints, draws its figure
     {evaluate} --workdir runs/digits_mlp --measure autoattack --config.evaluation.epsilon=0.1
     {compare} runs/ten/* [--out runs/comparison]
 
-The first writes report.json and plots/ into the run directory. The second prints the paper's table,
-measured beside published, and draws the paper's Figures 5 to 8; runs that are not fully measured
-yet are measured first.
+The first writes report.json, plots/ and report.html into the run directory. The second prints the
+paper's table, measured beside published, draws the paper's Figures 5 to 8, and writes
+comparison.html; runs that are not fully measured yet are measured first.
 """
 COMPARED = "finished run directories, of the same data and net"
 

@@ -6,7 +6,7 @@ A run directory holds
     preprocessing.npz     the input space, fitted on the training images
     metrics.jsonl, checkpoints/, undecodable.jsonl, tensorboard/    see `dd_jax.training.loop`
     report.json           what was measured, and with what
-    plots/                its curves, from evaluate.py
+    plots/, report.html   its curves, and everything in one file; from the commands
 
 Every stage resumes from what the directory holds, so rerunning the command resumes a stopped run.
 """
