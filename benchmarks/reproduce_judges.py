@@ -140,7 +140,8 @@ def make_problem(run: Run, weights: pathlib.Path, num_images: int) -> Problem:
     labels = jnp.asarray(run.feed.data.test_labels[:num_images])
     box = data.bounds(run.preprocessing)
     # The lower bound is what black becomes: minus the mean image.
-    shift = None if box is None else -jnp.asarray(np.broadcast_to(box[0], inputs.shape[1:]))
+    of_one = lambda bound: np.broadcast_to(bound, (1, *inputs.shape[1:]))[0]
+    shift = None if box is None else -jnp.asarray(of_one(box[0]))
     settings = run.evaluator.settings
     names = ("pgd_epsilon", "pgd_step_size", "pgd_num_steps")
     attack = {name: getattr(settings, name) for name in names}
