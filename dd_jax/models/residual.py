@@ -78,10 +78,11 @@ class ResNet(nn.Module):
     def _block(self, stage: int, block: int) -> nn.Module:
         """A block, its stage counted from 1."""
         features = self.features * 2 ** (stage - 1)
-        place = {"stride": 2 if stage > 1 and block == 0 else 1, "name": f"layer{stage}_{block}"}
+        stride, name = 2 if stage > 1 and block == 0 else 1, f"layer{stage}_{block}"
         if self.bottleneck_width is None:
-            return ResidualBlock(features, **place)
-        return BottleneckBlock(EXPANSION * features, self.bottleneck_width * features, **place)
+            return ResidualBlock(features, stride, name=name)
+        inner_features = self.bottleneck_width * features
+        return BottleneckBlock(EXPANSION * features, inner_features, stride, name=name)
 
 
 class ResidualBlock(nn.Module):
