@@ -174,6 +174,8 @@ def test_files_are_whole_small_and_the_same_each_time(name, tmp_path):
         and text.rstrip().endswith(b"%%EOF")
         and b"CreationDate" not in text
     )
+    # Fonts are in the file, as TrueType: text can be searched, and publishers take it.
+    assert b"/FontFile2" in text and b"/Type3" not in text
     assert png.stat().st_size < 150_000 and len(text) < 150_000
 
 
