@@ -320,6 +320,17 @@ def test_weights_of_no_net_and_impossible_nets_are_sentences(tmp_path):
             pretrained.robust_classifier(saved(path, bad))
 
 
+def test_a_net_without_normalization_says_which_nets_have_one():
+    shapes = layouts._expected_shapes("resnet18", None)
+    given = {layouts._entry("resnet18", p): layouts._torch_shape(s) for p, s in shapes.items()}
+    colors = {"mu": (1, 3, 1, 1), "sigma": (1, 3, 1, 1)}
+    with pytest.raises(
+        WeightsError, match=r"unknown: mu .*mu and sigma are for nets.*_normalizing"
+    ):
+        layouts.check_shapes("resnet18", given | colors)
+    assert layouts.check_shapes("resnet18_normalizing", given | colors)
+
+
 def test_a_classifier_is_a_logits_fn_for_attacks(tmp_path):
     net = pretrained.robust_classifier(saved(tmp_path / "net.safetensors", WEIGHTS))
     labels = jnp.argmax(net(IMAGES), axis=-1)

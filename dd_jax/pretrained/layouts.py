@@ -326,4 +326,10 @@ def _check_entries(name: str, given: Mapping[str, Shape], expected: Mapping[str,
     lists = {"missing": missing, "unknown": unknown, "of another shape": misshaped}
     problems = [f"{problem}: {', '.join(entries)}" for problem, entries in lists.items() if entries]
     if problems:
-        raise WeightsError(f"These arrays are not the weights of {name!r}; {'; '.join(problems)}.")
+        listed = "; ".join(problems)
+        hint = " mu and sigma are for nets that normalize images themselves: "
+        hint += ", ".join(family.names for family in models.FAMILIES) + "."
+        raise WeightsError(
+            f"These arrays are not the weights of {name!r}; {listed}."
+            + (hint if MU in given and MU not in expected else "")
+        )
