@@ -243,8 +243,11 @@ def test_options_that_the_defense_does_not_take_are_left_out(run, report):
 def test_a_net_that_is_trained_again_takes_its_page_with_it(run, report, written, tmp_path):
     write_report(report, tmp_path)
     (tmp_path / "report.html").write_text(written)
+    for stage in (REFERENCE, DEFENDED):
+        (tmp_path / f"robustbench_{stage}_linf_0.1.json").write_text("{}")
     forget_stage(tmp_path, DEFENDED)
-    assert not (tmp_path / "report.html").exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["report.json", f"robustbench_{REFERENCE}_linf_0.1.json"]
     assert list(read_report(tmp_path).measured) == [REFERENCE]
 
 

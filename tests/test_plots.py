@@ -591,5 +591,5 @@ def test_plots_need_neither_jax_nor_pyplot():
         ]
         for module in imported:
             assert "pyplot" not in module and module.split(".")[0] != "jax"
-            ours = module.startswith("dd_jax.results") or module == "dd_jax.extras"
+            ours = module.startswith("dd_jax.results") or module in ("dd_jax.extras", "dd_jax.log")
             assert module.split(".")[0] != "dd_jax" or ours

@@ -153,9 +153,11 @@ def has_figures(report: Report, stage: str, names: Sequence[str]) -> bool:
 
 
 def forget_stage(workdir: pathlib.Path, stage: str) -> None:
-    """Removes what the reports of a run directory hold of a stage, whose net is trained again, and
-    their pages.
+    """Removes what the reports of a run directory hold of a stage, whose net is trained again,
+    their pages, and that net's forms for RobustBench.
     """
+    for path in workdir.glob(f"robustbench_{stage}_*.json"):
+        path.unlink()
     for path in workdir.glob("report*.json"):
         limit = path.stem.removeprefix("report").removeprefix("_first_")
         report = read_report(workdir, int(limit) if limit.isdecimal() else None)
