@@ -259,7 +259,27 @@ def judges_table(lines: Sequence[Line]) -> list[str]:
         "weights; `python -m benchmarks.reproduce_judges`. Asked for: sizes within 2 %, accuracies "
         "within 0.5 points. `images` of each attack stand in the lines of the JSON."
     )
-    return [text, table(rows)]
+    return [text, table(rows), *reasons(lines)]
+
+
+def reasons(lines: Sequence[Line]) -> list[str]:
+    """Why sizes differ, where the lines show it: an attack whose perturbations are longer than the
+    same library's DDN finds on the same images is short of the minimum.
+    """
+    sizes = {(line["defense"], line["seed"], line["attack"]): line["foolbox"] for line in lines}
+    said = []
+    for line in lines:
+        least = sizes.get((line["defense"], line["seed"], "DDN"))
+        longer = line["foolbox"] > line["dd_jax"] and line["figure"] == "l2"
+        if line["agrees"] or not longer or least is None or line["foolbox"] <= least:
+            continue
+        said.append(
+            f"{line['attack']} on {line['defense']}, seed {line['seed']}: foolbox's is "
+            f"{line['foolbox'] / line['dd_jax'] - 1:.1%} longer than dd_jax's, and "
+            f"{line['foolbox'] / least - 1:.1%} longer than what foolbox's own DDN finds on these "
+            "images: within its steps it does not reach the minimum."
+        )
+    return said
 
 
 INTRODUCTION = """\

@@ -183,3 +183,20 @@ def test_the_page_shows_mean_and_range_over_the_seeds_beside_the_papers(tmp_path
     text = page.main_table({"deep_defense": lines})
     assert "| deep_defense | 3 | 2.000; 1.800 to 2.200 (1.640) |" in text
     assert page.targets("mlp", {"deep_defense": {}}) == []
+
+
+def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_it():
+    def line(attack, ours, theirs):
+        shared = {"defense": "clean", "seed": 0, "figure": "l2", "version": "1"}
+        agrees = abs(theirs / ours - 1) <= 0.02
+        return shared | {"attack": attack, "dd_jax": ours, "foolbox": theirs, "agrees": agrees}
+
+    lines = [line("DDN", 1.0, 1.0), line("C&W", 1.0, 1.05), line("DeepFool", 1.0, 1.019)]
+    text, table, reason = page.judges_table(lines)
+    assert "| clean | 0 | C&W | l2 | 1.0000 | 1.0500 | +5.00% | **no** |" in table
+    assert (
+        "foolbox's is 5.0% longer than dd_jax's, and 5.0% longer than what foolbox's own" in reason
+    )
+    # Shorter than ours: theirs is the better attack, and no such reason is given.
+    assert page.reasons([lines[0], line("C&W", 1.0, 0.9)]) == []
+    assert page.judges_table([]) == []
