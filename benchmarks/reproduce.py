@@ -28,8 +28,6 @@ from benchmarks import reproduce_page as page  # noqa: E402
 from benchmarks import reproduce_search as search  # noqa: E402
 from dd_jax.experiment import command_line  # noqa: E402
 
-SEEDS = (0, 1, 2)
-
 
 def main() -> None:
     parser = command_line.make_parser(__doc__)
@@ -39,7 +37,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=search.CONFIGS, default=["mlp", "lenet"])
     parser.add_argument("--defenses", nargs="+", choices=search.DEFENSES, default=search.DEFENSES)
     parser.add_argument("--trials", type=command_line.positive, default=search.NUM_TRIALS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(page.SEEDS))
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
     parser.add_argument("--results", type=pathlib.Path, default=search.RESULTS)
     parser.add_argument("--exact_subset", type=pathlib.Path)

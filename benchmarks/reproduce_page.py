@@ -51,6 +51,7 @@ COLUMNS = (
     Column("PASS", "pass", "{:.4f}", "similarity_pass"),
 )
 SUCCESSES = ("deepfool_success", "fgsm_success", "carlini_wagner_success")
+SEEDS = (0, 1, 2)
 # Of the issue that asked for this page; the mean over the seeds is held against them.
 TARGETS = {
     "mlp": {"l2": 1.90, "rho_linf": 0.153, "l2_carlini_wagner": 1.58, "accuracy_pgd": 0.45},
@@ -66,6 +67,7 @@ def write_page(results: pathlib.Path = RESULTS) -> pathlib.Path:
         if (results / f"chosen_{net}.json").exists():
             section, content[net] = net_section(net, results)
             parts.append(section)
+    parts.append(missing(results))
     path = results / "README.md"
     path.write_text("\n\n".join(parts).rstrip() + "\n")
     (results / "results.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -87,6 +89,30 @@ def net_section(net: str, results: pathlib.Path) -> tuple[str, dict[str, Any]]:
     judged = read_lines(results / f"judges_{net}.jsonl")
     parts += judges_table(judged)
     return "\n\n".join(parts), {"chosen": choice, "final": summary, "judges": judged}
+
+
+def missing(results: pathlib.Path) -> str:
+    """What was not run yet, net by net."""
+    said = []
+    for net in CONFIGS:
+        if not (results / f"chosen_{net}.json").exists():
+            said.append(f"- {net}: nothing was chosen yet")
+            continue
+        lines, choice = results_of(net, results), read_choice(net, results)["defenses"]
+        counts = {method: choice.get(method, {}).get("num_trials", 0) for method in DEFENSES}
+        most = max(counts.values())
+        fewer = [f"{method} ({count})" for method, count in counts.items() if count < most]
+        if fewer:
+            said.append(f"- {net}, fewer than {most} trials: {', '.join(fewer)}")
+        done = {(line["defense"], line["seed"]) for line in lines}
+        open_runs = [
+            f"{method} {seeds}"
+            for method in ORDER
+            if (seeds := [seed for seed in SEEDS if (method, seed) not in done])
+        ]
+        if open_runs:
+            said.append(f"- {net}, seeds without a final run: {', '.join(open_runs)}")
+    return "\n".join(["## Not run yet\n", *(said or ["Nothing."])])
 
 
 def summarized(lines: Sequence[Line], of: str = "figures") -> dict[str, Any]:

@@ -171,6 +171,9 @@ def test_final_runs_go_on_and_the_page_has_their_figures(searched):
     row = next(line for line in text.splitlines() if line.startswith("| deep_defense | 1 |"))
     assert f"{again['figures']['l2']:.3f}" in row and f"{again['figures']['pass']:.4f}" in row
     assert f"l2 >= 1.900 | {again['figures']['l2']:.3f}, **missed**" in text
+    assert "- mlp, seeds without a final run: reference [1, 2], clean [1, 2], parseval [0," in text
+    assert "- mlp, fewer than 1 trials: parseval (0), " in text
+    assert "- lenet: nothing was chosen yet" in text
     content = json.loads((workdir / "results.json").read_text())["mlp"]
     assert content["final"]["deep_defense"]["l2"]["mean"] == again["figures"]["l2"]
 
