@@ -178,6 +178,11 @@ def test_images_are_whole_and_say_what_they_are_taken_for(written):
         assert kind == "data:image/png;base64"
         with PIL.Image.open(io.BytesIO(base64.b64decode(data))) as opened:
             opened.load()
+            given = (
+                int(image.get("width", opened.size[0])),
+                int(image.get("height", opened.size[1])),
+            )
+            assert given == opened.size
             images.append((image["alt"], opened.size, opened.convert("RGB").getpixel((0, 1))))
     assert images[-3:] == [
         ("Original: class 3", (12, 12), (0, 0, 0)),

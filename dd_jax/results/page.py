@@ -16,6 +16,8 @@ from dd_jax.results._meanings import meaning
 from dd_jax.results.report import Report, conditions, rows
 from dd_jax.results.tables import PAPERS, Row, cell, has_published, measured_columns
 
+BROAD = 1.6
+"""From this ratio of width and height on, a picture takes the whole width of the page."""
 STYLE = pathlib.Path(__file__).with_name("page.css")
 CONFIRMED = "The verifying forward pass confirmed every success that an attack reported."
 NO_EXAMPLES = "There are none: the inputs are no images, or no image fools all nets."
@@ -139,7 +141,11 @@ def _after_the_table(contents: Contents) -> list[Html]:
 def _picture(picture: Picture) -> Html:
     data = html.folded("The numbers", *picture.tables) if picture.tables else None
     caption = html.element("figcaption", picture.title)
-    return html.element("figure", html.image(picture.png, picture.alt), caption, data)
+    # The size, as every PNG begins; without it the page would jump while it is opened.
+    width, height = (int.from_bytes(picture.png[i : i + 4], "big") for i in (16, 20))
+    image = html.image(picture.png, picture.alt, width=width, height=height)
+    is_broad = width > BROAD * height
+    return html.element("figure", image, caption, data, class_="broad" if is_broad else None)
 
 
 def _examples(images: Sequence[ExampleImage]) -> Html:
