@@ -140,8 +140,8 @@ def wait_for_the_watch() -> None:
 
     For a failure that may come of that: a collective operation that another process has left.
     """
-    if _watches:
-        time.sleep(_watch.SECONDS_OF_GRACE + 1)
+    if _watches:  # Process 0 notices and ends, then the others notice that it has.
+        time.sleep(2 * _watch.SECONDS_OF_GRACE + 1)
 
 
 def is_primary() -> bool:
