@@ -213,14 +213,15 @@ def test_an_average_is_in_the_checkpoint(tmp_path):
 # The defenses' keys
 
 
-def drawing(logits_fn, inputs, labels, key):
-    """A loss that reports what its key draws, the same for all examples of a part."""
-    drawn = jnp.full(len(inputs), jax.random.uniform(key))
-    return 0 * logits_fn(inputs)[:, 0], {"drawn": drawn}
+def drawing(logits_fn, inputs, labels, keys):
+    """A loss that reports what each example's key draws, times its label."""
+    drawn = jax.vmap(jax.random.uniform)(keys)
+    return 0 * logits_fn(inputs)[:, 0], {"drawn": drawn * (1 + labels)}
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_a_defenses_key_differs_by_step_and_part_and_is_not_dropouts(accumulation_steps):
+def test_a_defense_has_a_key_per_example_that_is_not_dropouts(accumulation_steps):
+    """However a batch is divided, an example keeps its key."""
     defense = defenses.BoundDefense(drawing, lambda params: params)
     step = training.make_train_step(
         Plain(), optimizer_of(), defense, accumulation_steps=accumulation_steps
@@ -233,9 +234,11 @@ def test_a_defenses_key_differs_by_step_and_part_and_is_not_dropouts(accumulatio
     assert drawn_at(5) == drawn_at(5)
     assert len({drawn_at(4), drawn_at(5), drawn_at(5, jax.random.key(4))}) == 3
     step_key = jax.random.fold_in(KEY, 5)
-    stream = jax.random.fold_in(step_key, 1)
-    rows = range(0, 4, 4 // accumulation_steps)  # Where the parts of a device's share begin.
-    draws = [float(jax.random.uniform(jax.random.fold_in(stream, row))) for row in rows]
-    assert len(set(draws)) == accumulation_steps
-    assert drawn_at(5) == pytest.approx(np.mean(draws), rel=1e-6)
-    assert drawn_at(5) != pytest.approx(float(jax.random.uniform(step_key)), rel=1e-3)
+    mean_of = lambda key: np.mean(
+        [
+            float(jax.random.uniform(jax.random.fold_in(key, number))) * (1 + label)
+            for number, label in enumerate(BATCH["label"])
+        ]
+    )
+    assert drawn_at(5) == pytest.approx(mean_of(jax.random.fold_in(step_key, 1)), rel=1e-6)
+    assert drawn_at(5) != pytest.approx(mean_of(step_key), rel=1e-3)
