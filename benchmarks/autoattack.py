@@ -4,8 +4,9 @@ images.
     python benchmarks/autoattack.py --weights DIR [--nets mlp lenet] [--norms linf l2]
         [--num_images 1000] [--epsilons 0.1 1.5] [--apgd] [--growth] [--out FILE]
 
-DIR holds the nets and images as benchmarks/nets.py writes them; MNIST nets take images in [0, 1],
-the mean image subtracted inside. Prints the robust accuracy after each attack of either library, on
+DIR holds the nets and images as benchmarks/nets.py writes them. All take images in [0, 1]: MNIST's
+nets subtract the mean image inside; whitened inputs of CIFAR-10's are rescaled from their range to
+[0, 1], epsilon is in these units. Prints the robust accuracy after each attack of either library, on
 how many images the two agree, and the seconds of each attack; ours without the compilation, which
 is timed apart. Both run on the same cores, one after the other.
 
@@ -54,41 +55,58 @@ THEIR_NORMS = {"linf": "Linf", "l2": "L2"}
 BATCH_SIZE = 250  # Of both; that of the authors' code.
 
 
-def load(name: str, weights: pathlib.Path, mean_of: pathlib.Path, num_images: int) -> dict:
-    """Images in [0, 1], labels, the mean image, and the weights under PyTorch's names."""
+def load(name: str, weights: pathlib.Path, mnist: pathlib.Path, num_images: int) -> dict:
+    """Images in [0, 1], labels, the offset and the factor that make inputs of them, and the weights
+    under PyTorch's names.
+    """
     with np.load(weights / f"{name}.npz") as arrays:
-        images = arrays["input/images"][:num_images]
+        inputs = arrays["input/images"][:num_images]
         labels = arrays["input/labels"][:num_images].astype(np.int32)
         params = {key[6:]: arrays[key] for key in arrays.files if key.startswith("param/")}
-    with np.load(mean_of) as arrays:
-        mean = arrays["train_images"].astype(np.float64).mean(0)[None, None] / 255
-    pixels = np.clip(images + mean, 0, 1).astype(np.float32)
-    return {"images": pixels, "labels": labels, "mean": mean.astype(np.float32), "params": params}
+    offset, factor = np.float32(inputs.min()), np.float32(np.ptp(inputs))
+    if name in ("mlp", "lenet"):
+        with np.load(mnist) as arrays:
+            mean = arrays["train_images"].astype(np.float64).mean(0)[None, None] / 255
+        offset, factor = -mean.astype(np.float32), np.float32(1)
+    images = np.clip((inputs - offset) / factor, 0, 1).astype(np.float32)
+    scale = {"offset": np.broadcast_to(offset, (1, *images.shape[1:])), "factor": factor}
+    return {"images": images, "labels": labels, "params": params} | scale
 
 
 def our_net(name: str, loaded: dict) -> Callable[[Any, jax.Array], jax.Array]:
-    """`apply_fn(params, images)`, images (batch, height, width, 1) in [0, 1]."""
-    net, mean = models.create(name), jnp.asarray(loaded["mean"].transpose(0, 2, 3, 1))
-    return lambda params, x: net.apply({"params": params}, x - mean)
+    """`apply_fn(params, images)`, images (batch, height, width, channels) in [0, 1]."""
+    net, offset = models.create(name), jnp.asarray(loaded["offset"].transpose(0, 2, 3, 1))
+    return lambda params, x: net.apply({"params": params}, offset + loaded["factor"] * x)
 
 
 def their_net(name: str, loaded: dict) -> Any:
-    """The same in PyTorch, images (batch, 1, height, width)."""
+    """The same in PyTorch, images (batch, channels, height, width)."""
     weights = {key: torch.tensor(array) for key, array in loaded["params"].items()}
-    mean, functional = torch.tensor(loaded["mean"]), torch.nn.functional
-    linear = lambda x, key: functional.linear(x, weights[f"{key}.weight"], weights[f"{key}.bias"])
-    layer = lambda x, key: functional.max_pool2d(
-        functional.conv2d(x, weights[f"{key}.weight"], weights[f"{key}.bias"]), 2
-    )
+    offset, factor = torch.tensor(np.array(loaded["offset"])), float(loaded["factor"])
+    functional = torch.nn.functional
+    relu, halved = functional.relu, partial(functional.avg_pool2d, kernel_size=2)
+    pooled = partial(functional.max_pool2d, kernel_size=2)
+    both = lambda key: (weights[f"{key}.weight"], weights[f"{key}.bias"])
+    linear = lambda x, key: functional.linear(x, *both(key))
+    conv = lambda x, key, padding=0: functional.conv2d(x, *both(key), padding=padding)
+
+    def mlp(x: Any) -> Any:
+        return linear(relu(linear(relu(linear(x.flatten(1), "fc1")), "fc2")), "fc3")
+
+    def lenet(x: Any) -> Any:
+        maps = pooled(conv(pooled(conv(x, "conv1")), "conv2"))
+        return linear(relu(linear(maps.flatten(1), "fc1")), "fc2")
+
+    def convnet(x: Any) -> Any:
+        maps = halved(relu(conv(relu(pooled(conv(x, "conv1", 2))), "conv2", 2)))
+        maps = relu(conv(halved(relu(conv(maps, "conv3", 2))), "conv4"))
+        return conv(maps, "conv5").flatten(1)
+
+    layers = {"mlp": mlp, "lenet": lenet, "convnet": convnet}[name]
 
     class Net(torch.nn.Module):
         def forward(self, x: Any) -> Any:
-            x = x - mean
-            if name == "lenet":
-                hidden = linear(layer(layer(x, "conv1"), "conv2").flatten(1), "fc1")
-                return linear(functional.relu(hidden), "fc2")
-            hidden = functional.relu(linear(x.flatten(1), "fc1"))
-            return linear(functional.relu(linear(hidden, "fc2")), "fc3")
+            return layers(offset + factor * x)
 
     return Net().eval()
 
@@ -179,7 +197,7 @@ def main() -> None:
     parser.add_argument("--weights", type=pathlib.Path, required=True)
     mnist = ROOT.parent / "shared" / "data" / "mnist.npz"
     parser.add_argument("--mnist", type=pathlib.Path, default=mnist, help="for the mean image")
-    parser.add_argument("--nets", nargs="+", default=["lenet"], choices=["mlp", "lenet"])
+    parser.add_argument("--nets", nargs="+", default=["lenet"], choices=["mlp", "lenet", "convnet"])
     parser.add_argument("--norms", nargs="+", default=["linf"], choices=["linf", "l2", "l1"])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1])
     parser.add_argument("--num_images", type=int, default=1000)
