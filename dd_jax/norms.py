@@ -158,8 +158,13 @@ def project_within(
     That is sign(x) * clip(|x| - t, 0, r) with r the room that the bounds leave in the direction of
     x, and the smallest t >= 0 that leads into the ball; a bisection finds t up to rounding, from
     outside the ball never. Projecting to the ball and then to the bounds would leave a smaller
-    perturbation than the ball allows (Croce and Hein, ICML 2021).
+    perturbation than the ball allows (Croce and Hein, ICML 2021). Half precision is computed in
+    float32, with a ball smaller by one unit of the half precision.
     """
+    if jnp.finfo(x.dtype).bits < 32:
+        shorter = (1 - float(jnp.finfo(x.dtype).eps)) * radius.astype(jnp.float32)
+        wide = x.astype(jnp.float32), shorter, inputs.astype(jnp.float32)
+        return project_within(*wide, bounds).astype(x.dtype)
     size = jnp.abs(x)
     room = jnp.abs(stay_within(jnp.where(x > 0, jnp.inf, -jnp.inf), inputs, bounds))
     room = jnp.minimum(room, jnp.where(x == 0, 0, size))

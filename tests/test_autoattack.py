@@ -30,11 +30,11 @@ INPUTS = jnp.asarray(np.random.default_rng(4).uniform(0.2, 0.8, (9, 12)), jnp.fl
 
 
 def affine(x):
-    return x.reshape(len(x), -1) @ WEIGHTS + BIAS[None]
+    return x.reshape(len(x), 12) @ WEIGHTS + BIAS[None]
 
 
 def curved(x):
-    return jnp.tanh(x.reshape(len(x), -1) @ (3 * WEIGHTS)) @ WEIGHTS[:5, :4]
+    return jnp.tanh(x.reshape(len(x), 12) @ (3 * WEIGHTS)) @ WEIGHTS[:5, :4]
 
 
 LABELS = affine(INPUTS).argmax(-1).astype(jnp.int32)
@@ -126,13 +126,11 @@ def test_square_is_the_same_for_channels_first_and_channels_last():
 
 
 def test_the_pattern_of_square_attack_has_two_pyramids_of_norm_one():
-    expected = np.array([[0, 1.0, 0], [0, -1.25, 0], [0, -1.0, 0]])
     pattern = two_pyramids(3, 3)
-    assert np.sum(pattern**2) == pytest.approx(1)
-    assert np.all(pattern[0] >= 0) and np.all(pattern[1:] <= 0)
-    assert np.argmax(np.abs(pattern[1:])) in (1, 4) and expected.shape == pattern.shape
-    # The sums of 1 / k^2 over nested squares: 1.25 in the middle of the lower half and 0.25 around.
-    np.testing.assert_allclose(pattern[1, 0] / pattern[2, 1], 0.25 / 1.25)
+    # The sums of 1 / k^2 over nested squares: one row above, two below around (1, 1) of them.
+    upper, lower = np.array([[0.25, 1.25, 0.25]]), np.array([[0.25] * 3, [0.25, 1.25, 0.25]])
+    parts = [part / np.linalg.norm(part) for part in (upper, -lower)]
+    np.testing.assert_allclose(pattern, np.concatenate(parts) / 2**0.5)
 
 
 def test_the_squares_shrink_as_the_paper_says():
@@ -322,11 +320,25 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         attack.measure(None, setting, save_to=file, show_progress=False)
     done = []
-    monkeypatch.setattr(evaluation, "note", lambda f, r, n: (done.append(n), note(f, r, n)))
+    monkeypatch.setattr(
+        evaluation, "note", lambda f, r, n: (done.append((n, r["todo"].sum())), note(f, r, n))
+    )
     assert attack.measure(None, setting, save_to=file, show_progress=False) == expected
-    assert 0 not in done, "The images themselves were asked about again."
-    file.write_bytes(b"damaged")
-    assert attack.measure(None, setting, save_to=file, show_progress=False) == expected
+    again = sum(count for number, count in done if number == 1)
+    assert again <= 9 - 2 * 3, "Examples that Auto-PGD was done with were attacked again."
+    for damaged in (b"damaged", file.read_bytes()[:-50]):
+        file.write_bytes(damaged)
+        assert attack.measure(None, setting, save_to=file, show_progress=False) == expected
+
+
+def test_a_file_of_another_net_or_other_labels_is_not_taken_for_this_one(tmp_path):
+    file, epsilon = tmp_path / "flags.npz", 3.0
+    fallen = small_evaluation(epsilon=epsilon, save_to=file)
+    assert fallen["robust_accuracy"] == 0
+    constant = lambda x: 100 * jax.nn.one_hot(LABELS, 5) + 0 * affine(x)
+    options = dict(norm="linf", epsilon=epsilon, show_progress=False, bounds=None, save_to=file)
+    found = robust_accuracy(constant, np.asarray(INPUTS), np.asarray(LABELS), **options)
+    assert found["robust_accuracy"] == 1
 
 
 def test_odd_nets_are_remarked_upon():
@@ -340,6 +352,63 @@ def test_odd_nets_are_remarked_upon():
     labels = np.asarray(flat(INPUTS).argmax(-1))
     found = robust_accuracy(flat, np.asarray(INPUTS), labels, **options)["remarks"]
     assert any("gradient of the loss is exactly zero for 100.0%" in text for text in found)
+
+
+def test_images_out_of_bounds_and_bad_options_are_said():
+    options = dict(norm="linf", epsilon=1e-3, show_progress=False)
+    wide = np.asarray(INPUTS) * 255
+    found = robust_accuracy(affine, wide, np.asarray(affine(wide).argmax(-1)), **options)
+    assert any("out of the bounds" in text for text in found["remarks"])
+    with pytest.raises(ValueError, match="epsilon is -1"):
+        small_evaluation(epsilon=-1.0)
+    with pytest.raises(ValueError, match="bounds are"):
+        small_evaluation(bounds=(1.0, 0.0))
+
+
+def test_logits_that_are_no_numbers_are_never_robust():
+    broken = lambda x: affine(x) * jnp.where(x[:, :1] > 2, 1, jnp.nan)
+    found = robust_accuracy(
+        broken, np.asarray(INPUTS), np.zeros(9, int), norm="linf", epsilon=0.1, show_progress=False
+    )
+    assert found["accuracy"] == 0 and found["robust_accuracy"] == 0
+    options = dict(norm="linf", epsilon=0.1, version="rand")
+    result = autoattack(lambda x, key: broken(x), INPUTS, jnp.zeros(9, int), **options)
+    assert not np.any(result.is_robust) and np.all(result.fallen_to == -2)
+
+
+@pytest.mark.parametrize("attack", ["apgd", "fab", "square"])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_half_precision_uses_the_whole_ball_and_keeps_its_dtype(attack, norm):
+    inputs = INPUTS.astype(jnp.bfloat16)
+    net = lambda x: (affine(x.astype(jnp.float32))).astype(jnp.bfloat16)
+    function = {
+        "apgd": partial(apgd, epsilon=0.1, num_steps=3),
+        "fab": partial(fab, num_steps=3),
+        "square": partial(square, epsilon=0.1, num_queries=3),
+    }[attack]
+    found = function(net, inputs, norm=norm)
+    assert found.perturbation.dtype == jnp.bfloat16
+    if attack != "fab":
+        size = lp_norm(found.perturbation.astype(jnp.float32), norm)
+        assert np.all(size <= 0.1 * 1.005) and np.median(size) > 0.09
+
+
+def test_float64_is_float64(x64):
+    inputs = jnp.asarray(np.asarray(INPUTS), jnp.float64)
+    net = lambda x: x @ jnp.asarray(WEIGHTS, jnp.float64)
+    for function in (partial(apgd, epsilon=0.1, num_steps=2), partial(square, epsilon=0.1)):
+        options = dict(num_queries=2) if function.func is square else {}
+        assert function(net, inputs, **options).perturbation.dtype == jnp.float64
+
+
+def test_batches_of_none_and_of_one():
+    for rows in (0, 1):
+        for function in (
+            partial(apgd, epsilon=0.1, num_steps=2),
+            partial(fab, num_steps=2, num_restarts=2),
+            partial(square, epsilon=0.1, num_queries=2),
+        ):
+            assert function(affine, INPUTS[:rows]).success.shape == (rows,)
 
 
 def test_all_attacks_are_public():

@@ -21,7 +21,8 @@ fallen by 5 % or more, s is epsilon again and the ascent goes on from the best D
 divided by 1.5, down to epsilon / 10. The ascent takes 30 % of its steps in the ball of radius
 3 epsilon, 30 % in that of 2 epsilon, and the rest in the ball of epsilon.
 
-What differs from the authors' code: an example leaves at the first iterate that is misclassified.
+What differs from the authors' code: an example leaves at the first iterate that is misclassified,
+by more than rounding. A random net's takes all steps, and the iterate of the largest loss counts.
 The first step counts as an increase if the loss grows from D_0 to D_1, as in the paper.
 """
 
@@ -38,11 +39,13 @@ from dd_jax.attacks._arguments import SizeOrSizes
 from dd_jax.attacks._auto_pgd_schedule import Schedule, make_schedule
 from dd_jax.attacks._hyperplane import largest_threshold
 from dd_jax.attacks._losses import Loss, LossFn, loss_fn_for
+from dd_jax.attacks._minimum_norm import fools_at
 from dd_jax.attacks._restarts import (
     Found,
     Net,
     Problem,
     RandomLogitsFn,
+    asked_again,
     checked_count,
     prepare,
     random_point,
@@ -79,6 +82,7 @@ class Rules(NamedTuple):
     num_targets: int
     num_restarts: int  # of each target
     num_gradient_samples: int
+    stops: bool  # at the first success
 
 
 class Path(NamedTuple):
@@ -177,8 +181,7 @@ def apgd(
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     counts = (num_steps, num_targets, num_restarts, num_gradient_samples)
     rules = make_rules(net, norm, bounds, loss, *counts)
-    found = ascend(net, problem, rules, right)
-    return AttackResult(found.perturbation, found.success | ~right, found.num_queries)
+    return asked_again(net, problem, ascend(net, problem, rules, right), right)
 
 
 def make_rules(
@@ -197,8 +200,9 @@ def make_rules(
     targets = targets if loss == "dlr_targeted" else 1
     num_restarts = checked_count("num_restarts", num_restarts)
     samples = checked_count("num_gradient_samples", num_gradient_samples)
-    loss_fn = loss_fn_for(loss, net.num_classes)
-    return Rules(norm, bounds, loss_fn, schedule, targets, num_restarts, samples)
+    loss_fn = loss_fn_for(loss, net.num_classes, is_random=net.is_random)
+    counts = (targets, num_restarts, samples)
+    return Rules(norm, bounds, loss_fn, schedule, *counts, stops=not net.is_random)
 
 
 def ascend(net: Net, problem: Problem, rules: Rules, active: Bool[Array, " batch"]) -> Found:
@@ -225,7 +229,7 @@ def begin(
     problem: Problem, path: Path, rules: Rules, run: Int[Array, " rows"], scale: float | Array
 ) -> Path:
     """A run at a random point of the ball of radius scale * epsilon."""
-    radius = scale * problem.epsilon
+    radius = jnp.asarray(scale, problem.epsilon.dtype) * problem.epsilon
     start = random_point(problem, run, radius, rules.norm, rules.bounds)
     return at_point(path._replace(run=run, evaluation=jnp.zeros_like(run)), start, radius, rules)
 
@@ -245,7 +249,7 @@ def share_moved(perturbation: Float[Array, "rows ..."]) -> Float[Array, " rows"]
 
 def take_turn(net: Net, rules: Rules, problem: Problem, before: Path) -> Path:
     """One evaluation of the net for each row, and the step that follows."""
-    now = jax.tree.map(lambda table: jnp.asarray(table)[before.evaluation], rules.schedule)
+    now = happens_at(rules.schedule, before.evaluation, problem.epsilon.dtype)
     view = look(net, rules, problem, before)
     path = note(before, view, now.is_first)
     path, gradient = adapt(path, view, now, problem, rules)
@@ -257,9 +261,16 @@ def take_turn(net: Net, rules: Rules, problem: Problem, before: Path) -> Path:
         num_queries=before.num_queries + rules.num_gradient_samples,
     )
     path = next_radius_or_run(path, now, problem, rules)
-    success = view.fools & now.counts
+    success = view.fools & now.counts & rules.stops
     path = path._replace(perturbation=where_rows(success, before.perturbation, path.perturbation))
     return path._replace(success=success)
+
+
+def happens_at(schedule: Schedule, evaluation: Int[Array, " rows"], dtype: jnp.dtype) -> Schedule:
+    """The schedule's entries for each row."""
+    rows = jax.tree.map(lambda table: jnp.asarray(table)[evaluation], schedule)
+    radii = (rows.radius.astype(dtype), rows.next_radius.astype(dtype))
+    return rows._replace(radius=radii[0], next_radius=radii[1])
 
 
 def look(net: Net, rules: Rules, problem: Problem, path: Path) -> View:
@@ -269,7 +280,7 @@ def look(net: Net, rules: Rules, problem: Problem, path: Path) -> View:
     def total(x: Array, number: Array | int) -> tuple[Array, tuple[Array, Array]]:
         logits = net.on_rows(x, problem.keys, path.num_queries + number)
         loss = rules.loss_fn(logits, problem.labels, targets).astype(x.dtype)
-        return jnp.sum(loss), (jnp.argmax(logits, axis=-1) != problem.labels, loss)
+        return jnp.sum(loss), (fools_at(logits, problem.labels), loss)
 
     at, num_samples = problem.inputs + path.perturbation, rules.num_gradient_samples
     gradient, (fools, loss) = jax.grad(total, has_aux=True)(at, 1)
@@ -337,7 +348,7 @@ def step(
     path: Path, gradient: Float[Array, "rows ..."], now: Schedule, problem: Problem, rules: Rules
 ) -> Float[Array, "rows ..."]:
     """D_k+1."""
-    inputs, radius = problem.inputs, now.radius.astype(gradient.dtype) * problem.epsilon
+    inputs, radius = problem.inputs, now.radius * problem.epsilon
     length, here = per_example(path.step_size, gradient), path.perturbation
     if rules.norm == "l1":
         further = here + length * sparse_direction(gradient, path.support / L1_SHARE)
@@ -370,7 +381,7 @@ def next_radius_or_run(path: Path, now: Schedule, problem: Problem, rules: Rules
     ends_run, unchanged = path.evaluation >= len(rules.schedule.radius), lambda path: path
 
     def narrow(path: Path) -> Path:
-        radius = now.next_radius.astype(path.step_size.dtype) * problem.epsilon
+        radius = now.next_radius * problem.epsilon
         start = project_within(path.best, radius, problem.inputs, rules.bounds)
         smaller = at_point(path, start, radius, rules)
         return jax.tree.map(partial(where_rows, now.is_last), smaller, path)

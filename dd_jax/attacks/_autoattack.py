@@ -10,7 +10,8 @@ another, each on the examples that no attack before it has fooled.
 
 100 steps each, 9 targets (l1 in "standard": apgd_ce with 5 restarts, apgd_dlr_targeted with 5
 targets), Square Attack with 5000 queries: the constants of the authors' code. What differs from it
-stands in the modules of the parts.
+stands in the modules of the parts. In l1, "plus" and "rand" use the larger radii of "standard",
+too, and FAB's random starts are sparse.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks import _auto_pgd, _fab, _square
 from dd_jax.attacks._arguments import SizeOrSizes
-from dd_jax.attacks._restarts import Found, Net, Problem, RandomLogitsFn, prepare, where_rows
+from dd_jax.attacks._restarts import (
+    Found,
+    Net,
+    Problem,
+    RandomLogitsFn,
+    asked_again,
+    prepare,
+    where_rows,
+)
 from dd_jax.norms import Bounds, LpNorm, lp_norm
 from dd_jax.types import LogitsFn, RandomKeys
 
@@ -41,7 +50,8 @@ class AutoAttackResult(NamedTuple):
     fallen_to: the place in `attack_names` of the attack that fooled it; -1 where none did; -2 where
       the net is wrong already.
     perturbation: with which it was fooled; zero elsewhere.
-    num_queries: how often the net was asked about the example, with or without its gradient.
+    num_queries: how often the attacks asked the net about the example, with or without its
+      gradient.
     """
 
     is_robust: Bool[Array, " batch"]
@@ -93,7 +103,8 @@ def autoattack(
 ) -> AutoAttackResult:
     """AutoAttack on one batch: which examples withstand all attacks.
 
-    An example that has fallen leaves at once and costs nothing more. For a whole data set,
+    An example that has fallen leaves at once and costs nothing more ("rand" takes all steps for
+    all). For a whole data set,
     `dd_jax.evaluation.robust_accuracy` runs one attack on all examples before the next one begins,
     asks the net again apart from the attack, and can be resumed.
 
@@ -182,8 +193,7 @@ def one_after_another(
     found = attack(net, problem, before.is_robust)
     slack = 1 + ROUNDING * float(jnp.finfo(problem.inputs.dtype).eps)
     inside = lp_norm(found.perturbation, norm) <= slack * problem.epsilon
-    logits = net.traces.logits(problem.inputs + where_rows(inside, found.perturbation, 0.0))
-    falls = before.is_robust & inside & (jnp.argmax(logits, axis=-1) != problem.labels)
+    falls = inside & asked_again(net, problem, found, before.is_robust).success & before.is_robust
     return AutoAttackResult(
         before.is_robust & ~falls,
         jnp.where(falls, number, before.fallen_to),

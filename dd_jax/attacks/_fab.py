@@ -13,7 +13,7 @@ smallest that does, and the search goes on from 0.9 D_k+1.
 
 Targeted, t is one class after the other, from D_0 = 0, as many steps for each. Untargeted, t is in
 every step the class whose boundary is the nearest, |f| / ||w||_q, and later restarts begin at a
-random D_0 of half the size of the smallest so far.
+random D_0 of half the size of the smallest so far (and of at most epsilon / 2).
 """
 
 from functools import partial
@@ -27,11 +27,12 @@ from jaxtyping import Array, Bool, Float, Int
 from dd_jax.attacks._arguments import SizeOrSizes
 from dd_jax.attacks._hyperplane import step_to_hyperplane
 from dd_jax.attacks._losses import difference_to_target
-from dd_jax.attacks._minimum_norm import Smallest, nothing_yet, smaller_of
+from dd_jax.attacks._minimum_norm import Smallest, fools_at, nothing_yet, smaller_of
 from dd_jax.attacks._restarts import (
     Found,
     Net,
     Problem,
+    asked_again,
     checked_count,
     prepare,
     random_point,
@@ -106,9 +107,8 @@ def fab(
       num_steps: of each run.
       num_targets: the classes with the largest logits, at most classes - 1.
       num_restarts: runs; targeted: of each target.
-      epsilon: an example leaves at the first perturbation that fools and is no larger; and the
-        largest size of random starts. In the units of the inputs; one number, or one per example.
-        None: all steps are taken.
+      epsilon: an example leaves at the first perturbation that fools and is no larger. In the units
+        of the inputs; one number, or one per example. None: all steps are taken.
       bounds: (lower, upper), numbers or arrays that broadcast to one example, with or without a
         leading axis of size 1: inputs + perturbation stays within. None: no bounds.
       key: of the random starts; one random key, or one per example, (batch,). None: key 0.
@@ -137,8 +137,7 @@ def fab(
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     counts = (num_steps, num_targets, num_restarts)
     rules = make_rules(net, norm, bounds, *counts, is_targeted=is_targeted)
-    found = search(net, problem, rules, right)
-    return AttackResult(found.perturbation, found.success | ~right, found.num_queries)
+    return asked_again(net, problem, search(net, problem, rules, right), right)
 
 
 def make_rules(
@@ -181,7 +180,7 @@ def take_turn(net: Net, rules: Rules, problem: Problem, before: Path) -> Path:
     find = towards_target if rules.is_targeted else towards_nearest
     boundary = find(logits_at, problem, before, rules)
     moved = move(boundary, before.perturbation, problem.inputs, rules)
-    fools = jnp.argmax(logits_at(problem.inputs + moved), axis=-1) != problem.labels
+    fools = fools_at(logits_at(problem.inputs + moved), problem.labels)
     size = lp_norm(moved, rules.norm)
     num_queries = before.num_queries + QUERIES_PER_STEP
     smallest = smaller_of(before.smallest, Smallest(moved, size, num_queries), fools)
@@ -211,17 +210,20 @@ def next_run(path: Path, problem: Problem, rules: Rules) -> Path:
     """At the end of a run, the next one begins."""
     ends = path.step >= rules.num_steps
     run = path.run + ends
+    again = ends & (run < rules.num_targets * rules.num_restarts)
     path = path._replace(step=jnp.where(ends, 0, path.step), run=run)
     if rules.num_restarts == 1:
-        return path._replace(perturbation=where_rows(ends, 0.0, path.perturbation))
+        return path._replace(perturbation=where_rows(again, 0.0, path.perturbation))
 
     def start(path: Path) -> Path:
-        radius = jnp.minimum(path.smallest.size, problem.epsilon) / 2
+        limit = jnp.where(problem.epsilon > 0, problem.epsilon, jnp.inf)
+        size = jnp.minimum(path.smallest.size, limit)
+        radius = jnp.where(jnp.isfinite(size), size / 2, 0)
         drawn = random_point(problem, run, radius, rules.norm, rules.bounds)
         drawn = where_rows(run % rules.num_restarts > 0, drawn, 0.0)
-        return path._replace(perturbation=where_rows(ends, drawn, path.perturbation))
+        return path._replace(perturbation=where_rows(again, drawn, path.perturbation))
 
-    return lax.cond(jnp.any(ends), start, lambda path: path, path)
+    return lax.cond(jnp.any(again), start, lambda path: path, path)
 
 
 def towards_target(logits_at: LogitsFn, problem: Problem, path: Path, rules: Rules) -> Boundary:
@@ -233,7 +235,12 @@ def towards_target(logits_at: LogitsFn, problem: Problem, path: Path, rules: Rul
         return jnp.sum(difference), difference
 
     gradient, difference = jax.grad(total, has_aux=True)(problem.inputs + path.perturbation)
-    return Boundary(difference, jnp.where(jnp.isfinite(gradient), gradient, 0))
+    return finite(Boundary(difference, gradient))
+
+
+def finite(boundary: Boundary) -> Boundary:
+    """With zeros where it is not finite, so that nothing moves."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), boundary)
 
 
 def towards_nearest(logits_at: LogitsFn, problem: Problem, path: Path, rules: Rules) -> Boundary:
@@ -254,7 +261,7 @@ def towards_nearest(logits_at: LogitsFn, problem: Problem, path: Path, rules: Ru
     zeros = jnp.zeros_like(problem.epsilon)
     start = Boundary(zeros, jnp.zeros_like(inputs)), zeros + jnp.inf
     nearest, _ = lax.fori_loop(0, logits.shape[-1], nearer, start)
-    return nearest
+    return finite(nearest)
 
 
 def distance_to(boundary: Boundary, norm: LpNorm) -> Float[Array, " rows"]:

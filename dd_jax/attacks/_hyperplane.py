@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from dd_jax.norms import Bounds, LpNorm, per_example, stay_within
+from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within
 
 MOST_NEWTON_STEPS = 64
 """Newton's method on d breakpoints needs a few steps; this ends it where rounding does not."""
@@ -43,7 +43,9 @@ def step_to_hyperplane(
     direction = per_example(jnp.sign(amount), weights) * jnp.sign(weights)
     furthest = stay_within(jnp.where(direction > 0, jnp.inf, -jnp.inf), position, bounds)
     room = jnp.where(direction == 0, 0, jnp.abs(furthest))
-    slope, amount = jnp.abs(weights), jnp.abs(amount)
+    steepest = lp_norm(weights, "linf")  # Squares of what is divided by it are floats.
+    steepest = jnp.where(steepest > 0, steepest, 1)
+    slope, amount = jnp.abs(weights) / per_example(steepest, weights), jnp.abs(amount) / steepest
     if norm == "l1":
         return direction * _fill_steepest(slope, amount, room)
     return direction * _fill_evenly(slope, amount, room, norm)

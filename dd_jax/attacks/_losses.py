@@ -7,9 +7,10 @@
 z_(k) is the k-th largest logit. DLR is the difference of logits ratio of Croce and Hein (ICML
 2020), which does not change when the logits are scaled or shifted.
 
-"ce" is a strictly increasing function of the cross-entropy log(1 + exp(ce)). Gradient directions
-and comparisons are the cross-entropy's; but it does not saturate where the net is so confident that
-the cross-entropy rounds to 0.
+The cross-entropy is log(1 + exp(ce)), a strictly increasing function of "ce". Gradient directions
+and comparisons are the cross-entropy's; but "ce" does not saturate where the net is so confident
+that the cross-entropy rounds to 0. For random nets, whose gradients are averaged, "ce" is the
+cross-entropy itself.
 """
 
 import warnings
@@ -33,7 +34,7 @@ SMALLEST = 1e-12
 """Added to DLR's denominators, as in the authors' code."""
 
 
-def loss_fn_for(name: Loss, num_classes: int) -> LossFn:
+def loss_fn_for(name: Loss, num_classes: int, *, is_random: bool = False) -> LossFn:
     """The loss of that name, or a simpler one where there are too few classes for it.
 
     A warning says so: DLR needs 3 classes and its targeted form 4, for the logits in their
@@ -41,16 +42,22 @@ def loss_fn_for(name: Loss, num_classes: int) -> LossFn:
     """
     if name not in LOSSES:
         raise ValueError(f"loss is {name!r}; it must be one of {', '.join(map(repr, LOSSES))}.")
+    cross_entropy_like = cross_entropy if is_random else cross_entropy_margin
     needed = {"ce": 2, "dlr": 3, "dlr_targeted": 4}[name]
     if num_classes >= needed:
-        return {"ce": cross_entropy_margin, "dlr": dlr, "dlr_targeted": dlr_targeted}[name]
+        return {"ce": cross_entropy_like, "dlr": dlr, "dlr_targeted": dlr_targeted}[name]
     substitute = "the plain difference of logits" if name == "dlr_targeted" else "'ce'"
     warnings.warn(
         f"The loss {name!r} needs at least {needed} classes and the net has {num_classes}: "
         f"{substitute} takes its place.",
         stacklevel=4,
     )
-    return difference_to_target if name == "dlr_targeted" else cross_entropy_margin
+    return difference_to_target if name == "dlr_targeted" else cross_entropy_like
+
+
+def cross_entropy(logits: Array, labels: Array, targets: Array) -> Float[Array, " rows"]:
+    """log(1 + exp(ce))."""
+    return jax.nn.softplus(cross_entropy_margin(logits, labels, targets))
 
 
 def cross_entropy_margin(logits: Array, labels: Array, targets: Array) -> Float[Array, " rows"]:

@@ -6,7 +6,6 @@ class. An example leaves at the first success, whatever its run, and costs nothi
 examples share one work queue, each at its own run and its own step.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,11 +31,12 @@ from dd_jax.norms import (
     check_norm,
     lp_norm,
     per_example,
+    project,
     project_within,
     stay_within,
     steepest_direction,
 )
-from dd_jax.types import LogitsFn, RandomKeys
+from dd_jax.types import AttackResult, LogitsFn, RandomKeys
 from dd_jax.xla.closure_convert import Traces
 
 RandomLogitsFn = Callable[[Float[Array, "batch ..."], PRNGKeyArray], Float[Array, "batch classes"]]
@@ -80,6 +80,7 @@ class Net(NamedTuple):
     traces: Traces
     turns: Turns
     num_classes: int
+    is_random: bool
 
 
 def prepare(
@@ -107,6 +108,7 @@ def prepare(
     make: Any = partial(random_net, keys=keys) if is_random else fixed_net
     net = make(logits_fn, inputs)
     logits, labels, right = labels_to_leave(net.traces, inputs, labels)
+    right &= ~jnp.any(jnp.isnan(logits), axis=-1)
     return net, Problem(inputs, labels, epsilon, targets_of(logits, labels), keys), right
 
 
@@ -116,7 +118,7 @@ def fixed_net(logits_fn: LogitsFn, inputs: Float[Array, "batch ..."]) -> Net:
     apply_fn, closure, turns = plan_turns(traces, len(inputs))
     closure = jax.tree.map(lax.stop_gradient, closure)
     on_rows = lambda x, keys, number: apply_fn(closure, x)
-    return Net(on_rows, traces, turns, traces.output(len(inputs)).shape[-1])
+    return Net(on_rows, traces, turns, traces.output(len(inputs)).shape[-1], is_random=False)
 
 
 def random_net(
@@ -131,7 +133,8 @@ def random_net(
     first = jnp.zeros(len(inputs), jnp.int32)
     traces = trace(lambda x: on_rows(x, keys, first), inputs)
     num_classes = traces.output(len(inputs)).shape[-1]
-    return Net(on_rows, traces, Turns(len(inputs), len(inputs)), num_classes)
+    turns = Turns(len(inputs), len(inputs))
+    return Net(on_rows, traces, turns, num_classes, is_random=True)
 
 
 def checked_count(name: str, count: int) -> int:
@@ -203,10 +206,29 @@ def random_point(
     drawn = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
     if norm == "l1":
         return project_within(drawn, radius, inputs, bounds)
-    shorter = radius * (1 - math.prod(shape) ** 0.5 * float(jnp.finfo(dtype).eps))
-    return stay_within(
-        per_example(shorter, drawn) * steepest_direction(drawn, "l2"), inputs, bounds
-    )
+    return on_sphere(drawn, radius, inputs, bounds)
+
+
+def on_sphere(
+    direction: Float[Array, "rows ..."],
+    radius: Float[Array, " rows"],
+    inputs: Float[Array, "rows ..."],
+    bounds: Bounds | None,
+) -> Float[Array, "rows ..."]:
+    """The perturbation of that l2 norm in that direction, not longer by rounding; then shortened to
+    the bounds.
+    """
+    scaled = per_example(radius, direction) * steepest_direction(direction, "l2")
+    return stay_within(project(scaled, radius, "l2"), inputs, bounds)
+
+
+def asked_again(
+    net: Net, problem: Problem, found: Found, right: Bool[Array, " batch"]
+) -> AttackResult:
+    """The result, whose success is what the net says of it after the attack."""
+    logits = net.traces.logits(problem.inputs + found.perturbation)
+    fooled = (jnp.argmax(logits, axis=-1) != problem.labels) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return AttackResult(found.perturbation, fooled | ~right, found.num_queries)
 
 
 def where_rows(

@@ -8,7 +8,7 @@ square covers a share p of the image's pixels, where p is halved after 10, 50, 2
 
 linf: in each channel, D is epsilon or -epsilon throughout the square.
 l1, l2: with A the square, A' another one of the same size, e(A) a pattern of two pyramids of
-opposite sign with ||e||_p = 1, and in each of c channels
+opposite sign with ||e||_2 = 1, and in each of c channels
 
     D_A'  = 0
     D_A   = b (e(A) s + D_A / ||D_A||_p) / ||...||_p,    s a random sign,
@@ -21,7 +21,6 @@ What differs from the authors' code: every example has a square of its own, not 
 batch, and it may touch the lower and the right edge. Fooling means another class, a tie does not.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,13 +29,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dd_jax.attacks._arguments import SizeOrSizes
-from dd_jax.attacks._minimum_norm import rival_difference
+from dd_jax.attacks._minimum_norm import fools_at, rival_difference
 from dd_jax.attacks._restarts import (
     Found,
     Net,
     Problem,
+    asked_again,
     checked_count,
     folded,
+    on_sphere,
     prepare,
     where_rows,
     work_off,
@@ -56,7 +57,6 @@ from dd_jax.norms import (
     per_example,
     project_within,
     stay_within,
-    steepest_direction,
 )
 from dd_jax.types import AttackResult, LogitsFn, RandomKeys
 
@@ -141,8 +141,7 @@ def square(
     options: dict[str, Any] = dict(norm=norm, epsilon=epsilon, bounds=bounds, key=key)
     net, problem, right = prepare(logits_fn, inputs, labels, **options)
     rules = make_rules(problem, norm, bounds, num_queries, share, channel_axis)
-    found = search(net, problem, rules, right)
-    return AttackResult(found.perturbation, found.success | ~right, found.num_queries)
+    return asked_again(net, problem, search(net, problem, rules, right), right)
 
 
 def make_rules(
@@ -187,7 +186,7 @@ def take_turn(net: Net, rules: Rules, problem: Problem, before: Path) -> Path:
     candidate = where_rows(is_first, before.perturbation, propose(problem, before, rules))
     logits = net.on_rows(problem.inputs + candidate, problem.keys, before.num_queries + 1)
     margin = -rival_difference(logits, problem.labels).astype(before.margin.dtype)
-    fools = jnp.argmax(logits, axis=-1) != problem.labels
+    fools = fools_at(logits, problem.labels)
     better = (margin < before.margin) | fools
     return Path(
         where_rows(better, candidate, before.perturbation),
@@ -205,11 +204,11 @@ def random_signs(bits: UInt32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "
 def starting_point(problem: Problem, rules: Rules) -> Float[Array, "batch ..."]:
     """Stripes, one pixel wide, or tiles, of random signs."""
     layout, tiles, dtype = rules.layout, rules.windows.tiles, problem.inputs.dtype
-    height, width, channels = layout.height, layout.width, layout.channels
+    height, width, channels = layout[2:]
     keys = folded(problem.keys, jnp.zeros_like(problem.labels))
-    draw = lambda *shape: jax.vmap(lambda key: jax.random.bits(key, shape))(keys)
+    draw = lambda *shape: jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
     if rules.norm == "linf":
-        bits = draw(1, width, channels) if width > 1 else draw(height, 1, channels)
+        bits = draw(*((1, width) if width > 1 else (height, 1)), channels)
         image = jnp.broadcast_to(
             random_signs(bits, dtype), (len(problem.inputs), height, width, channels)
         )
@@ -226,7 +225,7 @@ def starting_point(problem: Problem, rules: Rules) -> Float[Array, "batch ..."]:
 def propose(problem: Problem, path: Path, rules: Rules) -> Float[Array, "rows ..."]:
     """The next perturbation to try for each row."""
     layout, windows, dtype = rules.layout, rules.windows, problem.inputs.dtype
-    bits = jax.vmap(lambda key: jax.random.bits(key, (6 + layout.channels,)))(
+    bits = jax.vmap(lambda key: jax.random.bits(key, (6 + layout.channels,), jnp.uint32))(
         folded(problem.keys, path.num_queries)
     )
     size = number_of_halvings(path.num_queries - 1)  # The starting point is not counted.
@@ -275,8 +274,6 @@ def fitted(
     inputs, epsilon, bounds = problem.inputs, problem.epsilon, rules.bounds
     if rules.norm == "l1":
         return project_within(perturbation, epsilon, inputs, bounds)
-    direction = steepest_direction(perturbation, rules.norm)
     if rules.norm == "l2":
-        precision = float(jnp.finfo(inputs.dtype).eps)
-        epsilon = epsilon * (1 - math.prod(inputs.shape[1:]) ** 0.5 * precision)
-    return stay_within(per_example(epsilon, inputs) * direction, inputs, bounds)
+        return on_sphere(perturbation, epsilon, inputs, bounds)
+    return stay_within(per_example(epsilon, inputs) * jnp.sign(perturbation), inputs, bounds)

@@ -9,16 +9,19 @@ attack, so that what has fallen costs nothing more. Random keys are those of the
 the data set: no figure depends on the size of a batch, or on where a run was interrupted.
 
 `save_to` names a file that holds which examples have fallen, written after every batch. A
-measurement that was killed goes on from there, if net, examples and options are the same.
+measurement that was killed goes on from there, example by example: where the options are the same,
+and the label and the net's logits without an attack, which are always computed again.
 """
 
 import hashlib
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -26,32 +29,25 @@ from dd_jax import parallel
 from dd_jax.attacks import attack_names
 from dd_jax.attacks._autoattack import Version
 from dd_jax.data import Batch, Examples, in_memory
+from dd_jax.evaluation.autoattack_flags import (
+    NOT_FALLEN,
+    WRONG,
+    Flags,
+    Store,
+    no_flags,
+    note,
+    take_over,
+)
 from dd_jax.evaluation.autoattack_programs import SAME, Setting, attack_programs, clean_programs
 from dd_jax.evaluation.metrics import Summary
 from dd_jax.evaluation.programs import ApplyFn, BatchFn, CompileFn, Rows, in_two_programs
 from dd_jax.log import progress
-from dd_jax.norms import Bounds, LpNorm
+from dd_jax.norms import Bounds, LpNorm, check_bounds
 
 CLEAN = "clean"
 """The name of the first pass, without an attack."""
-NOT_FALLEN, WRONG, UNKNOWN = -1, -2, -3
-"""In `fallen_to`: no attack has fooled the net, or none is needed, or nothing is known yet."""
 SQUARE_GAIN = 0.002
 """The share of examples that Square Attack may fool alone before a remark says so."""
-
-
-class Flags(NamedTuple):
-    """What is known of each example, as arrays on the host.
-
-    fallen_to: the number of the attack that fooled the net, NOT_FALLEN, WRONG or UNKNOWN.
-    num_tried: attacks that it has been through. num_queries: how often the net was asked.
-    odd: whether the outputs are probabilities, the gradient is zero, two programs differ.
-    """
-
-    fallen_to: Int[np.ndarray, " n"]
-    num_tried: Int[np.ndarray, " n"]
-    num_queries: Int[np.ndarray, " n"]
-    odd: Int[np.ndarray, "n 3"]
 
 
 def robust_accuracy(
@@ -147,8 +143,8 @@ class AutoAttack:
           "accuracy", without an attack; "robust_accuracy"; "robust_after", the robust accuracy
           after each attack; "num_queries", the mean number of times the net was asked about an
           example; "remarks", sentences that warn of a net for which AutoAttack says little:
-          outputs that are probabilities, logits that change, gradients that are zero, and Square
-          Attack far ahead of the attacks that use gradients.
+          outputs that are probabilities, logits that change, gradients that are zero, images that
+          are out of bounds, and Square Attack far ahead of the attacks that use gradients.
 
         Raises:
           ValueError: no examples, or options that make no sense.
@@ -156,24 +152,33 @@ class AutoAttack:
         count = self._examples.count if limit is None else min(limit, self._examples.count)
         if count < 1:
             raise ValueError("There is no example to attack: the data set is empty, or limit 0.")
-        store = Store(save_to, _identity(variables, setting, self._bounds, count), count)
-        flags = store.read()
+        setting = _checked(setting, self._bounds, self._examples)
+        store = Store(save_to, _identity(setting, self._bounds, count), count)
+        flags = no_flags(count)
         names = (CLEAN, *attack_names(setting.version))
-        shared = {"variables": variables, "bounds": self._bounds}
-        shared["epsilon"] = np.float32(setting.epsilon)
         for number, name in enumerate(names):
-            run = self._program(name, setting)
             todo = flags.num_tried == number
             if number:
                 todo &= flags.fallen_to == NOT_FALLEN
             title = f"{description} {number}/{len(names) - 1}: {name}"
             with progress(title, int(np.sum(todo)), "image", disable=not show_progress) as bar:
-                for batch in self._batches(todo, setting, count):
-                    rows = jax.device_get(run(shared, batch)[1])
+                for rows in self._rows(name, variables, setting, todo):
                     note(flags, rows, number)
-                    store.write(flags)
+                    if number:
+                        store.write(flags)
                     bar.update(int(np.sum(rows["todo"])))
+            if number == 0:
+                take_over(flags, store.read())
         return summary(flags, setting, names[1:])
+
+    def _rows(
+        self, name: str, variables: Any, setting: Setting, todo: np.ndarray
+    ) -> Iterator[Rows]:
+        """What the attack of that name gives for the examples to be done, batch by batch."""
+        run, epsilon = self._program(name, setting), np.float32(setting.epsilon)
+        shared = {"variables": variables, "bounds": self._bounds, "epsilon": epsilon}
+        for batch in self._batches(todo, setting, len(todo)):
+            yield jax.device_get(run(shared, batch)[1])
 
     def _program(self, name: str, setting: Setting) -> BatchFn:
         key = (name, setting.norm, setting.version, setting.channel_axis)
@@ -196,7 +201,7 @@ class AutoAttack:
         batches = self._examples.batches(count, self._batch_size)
         numbered = _numbered(batches, np.asarray(keys), self._examples.is_share)
         marked = ({**batch, "todo": _marked(batch, todo)} for batch in numbered)
-        if self._examples.is_share:
+        if self._examples.is_share and parallel.my_share()[1] > 1:
             yield from marked
         else:
             yield from _together(marked, min(self._batch_size, count))
@@ -241,56 +246,20 @@ def _together(batches: Iterator[Batch], batch_size: int) -> Iterator[dict[str, n
         yield filled
 
 
-def note(flags: Flags, rows: Rows, number: int) -> None:
-    """Writes into the flags what a batch gave."""
-    done = np.asarray(rows["todo"]) > 0
-    at, falls = rows["number"][done], rows["falls"][done]
-    flags.num_tried[at] = number + 1
-    flags.num_queries[at] += rows["num_queries"][done]
-    if number == 0:
-        flags.fallen_to[at], flags.odd[at] = np.where(falls, WRONG, NOT_FALLEN), rows["odd"][done]
-    else:
-        flags.fallen_to[at] = np.where(falls, number - 1, flags.fallen_to[at])
+def _checked(setting: Setting, bounds: Bounds | None, examples: Examples) -> Setting:
+    """The setting, its epsilon a number. ValueError for options that make no sense."""
+    epsilon = float(setting.epsilon)
+    if not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon is {epsilon}; it must be a finite number, 0 or more.")
+    check_bounds(bounds, jnp.zeros((1, *examples.shape)))
+    return setting._replace(epsilon=epsilon)
 
 
-class Store:
-    """The file with the flags, if there is one."""
-
-    def __init__(self, path: pathlib.Path | str | None, identity: str, count: int) -> None:
-        self._path = None if path is None else pathlib.Path(path)
-        self._identity, self._count = identity, count
-
-    def read(self) -> Flags:
-        """The flags of a measurement of the same net, examples and options; fresh ones else."""
-        fresh = np.full(self._count, UNKNOWN, np.int16)
-        none = np.zeros(self._count, np.int32)
-        nothing = Flags(fresh, none, none.copy(), np.zeros((self._count, 3), bool))
-        if self._path is None or not self._path.exists():
-            return nothing
-        try:
-            with np.load(self._path) as arrays:
-                if str(arrays["identity"]) != self._identity:
-                    return nothing
-                return Flags(*(arrays[name] for name in Flags._fields))
-        except (OSError, ValueError, KeyError, EOFError):  # Damaged: measured again.
-            return nothing
-
-    def write(self, flags: Flags) -> None:
-        """Saves the flags; a reader sees the old file or the new one."""
-        if self._path is None or not parallel.is_primary():
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = self._path.with_suffix(".partial")
-        with partial_path.open("wb") as file:
-            np.savez(file, identity=self._identity, **flags._asdict())
-        partial_path.replace(self._path)
-
-
-def _identity(variables: Any, setting: Setting, bounds: Bounds | None, count: int) -> str:
-    """Changes with the weights, the options and the number of examples."""
+def _identity(setting: Setting, bounds: Bounds | None, count: int) -> str:
+    """Changes with the options and the number of examples."""
     digest = hashlib.sha256(repr((setting, count)).encode())
-    for leaf in jax.tree.leaves((variables, bounds)):
-        digest.update(np.asarray(leaf).tobytes())
+    for leaf in jax.tree.leaves(bounds):
+        digest.update(np.asarray(leaf, np.float64).tobytes())
     return digest.hexdigest()
 
 
@@ -313,7 +282,7 @@ def summary(flags: Flags, setting: Setting, names: tuple[str, ...]) -> Summary:
 
 def remarks_of(odd: np.ndarray, after: Mapping[str, float], version: str) -> list[str]:
     """Sentences that warn of a net for which AutoAttack says little."""
-    probabilities, flat, changing = odd
+    probabilities, flat, changing, outside = odd
     sentences = []
     if probabilities == 1:
         sentences.append(
@@ -329,6 +298,11 @@ def remarks_of(odd: np.ndarray, after: Mapping[str, float], version: str) -> lis
         sentences.append(
             f"The gradient of the loss is exactly zero for {flat:.1%} of the images: attacks that "
             "use gradients cannot move them, and the robust accuracy may be too high."
+        )
+    if outside > 0:
+        sentences.append(
+            f"{outside:.1%} of the images are out of the bounds, and attacks cannot move them "
+            "there: give the bounds of the inputs, or inputs within them."
         )
     names = list(after)
     if "square" in names:

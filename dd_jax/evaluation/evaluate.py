@@ -89,7 +89,7 @@ class Evaluator:
         show_progress: bool = True,
         compile_fn: CompileFn = in_two_programs,
     ) -> None:
-        check_counts(
+        metrics.check_counts(
             carlini_wagner_examples=carlini_wagner_examples,
             minimum_norm_examples=minimum_norm_examples,
             autoattack_examples=autoattack_examples,
@@ -153,20 +153,31 @@ class Evaluator:
         show = dict(show_progress=show_progress)
         fast = tuple(name for name in names if name not in self._few and name != AUTOATTACK)
         found = self._summary(variables, fast, examples, description, self._bounds, **show)
-        box = examples.limits if self._box is None else self._box
         for slow in dict.fromkeys(name for name in names if name in self._few):
-            few, title = limited(examples, self._few[slow]), MEASUREMENTS[slow].title
-            more = self._summary(variables, (slow,), few, f"{description} ({title})", box, **show)
-            found[f"{slow}_examples"] = more.pop("num_examples")
+            more = self._slow_summary(variables, slow, examples, description, **show)
             found |= {name: value for name, value in more.items() if name not in found}
         if AUTOATTACK in names:
-            options: dict[str, Any] = dict(description=f"{description} AutoAttack", limit=limit)
-            options |= dict(save_to=save_to, show_progress=self._shows(show_progress))
-            found[AUTOATTACK] = [self._autoattack.measure(variables, self.autoattack, **options)]
+            options: dict[str, Any] = dict(limit=limit, save_to=save_to, **show)
+            found[AUTOATTACK] = [self._robust(variables, f"{description} AutoAttack", **options)]
         if "fgsm" in names:
             epsilons = curve_epsilons(self.settings)
             found["fgsm_curve"] = {"epsilons": epsilons, "success": found["fgsm_curve"]}
         return found
+
+    def _slow_summary(
+        self, variables: Any, name: str, examples: Examples, description: str, **show: Any
+    ) -> Summary:
+        """What a measurement on fewer examples gives; their number is "NAME_examples"."""
+        box = examples.limits if self._box is None else self._box
+        few, title = limited(examples, self._few[name]), MEASUREMENTS[name].title
+        more = self._summary(variables, (name,), few, f"{description} ({title})", box, **show)
+        return more | {f"{name}_examples": more.pop("num_examples")}
+
+    def _robust(
+        self, variables: Any, description: str, *, show_progress: bool | None, **options: Any
+    ) -> Summary:
+        options |= dict(description=description, show_progress=self._shows(show_progress))
+        return self._autoattack.measure(variables, self.autoattack, **options)
 
     def fgsm_accuracy(
         self,
@@ -308,7 +319,6 @@ def batches(
     examples: Examples, batch_size: int, description: str, show_progress: bool
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """All examples in batches of one shape, with a progress bar that moves when a batch is done."""
-    # Others are refused below.
     batch_size = max(1, min(batch_size, examples.count)) if batch_size > 0 else batch_size
     with progress(description, examples.count, "image", disable=not show_progress) as bar:
         for batch in examples.batches(examples.count, batch_size):
@@ -359,20 +369,11 @@ def curves_of(sizes: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     }
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raises ValueError for a number of examples below 1."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1, or None for all.")
-
-
 def random_key(settings: Settings, batch_index: int) -> PRNGKeyArray | None:
     """For the random starts of a batch; None if there are to be none."""
-    return (
-        None
-        if settings.pgd_seed is None
-        else jax.random.fold_in(jax.random.key(settings.pgd_seed), batch_index)
-    )
+    if settings.pgd_seed is None:
+        return None
+    return jax.random.fold_in(jax.random.key(settings.pgd_seed), batch_index)
 
 
 def limited(examples: Examples, limit: int | None) -> Examples:
@@ -387,10 +388,9 @@ def broadcast(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[np.ndarray
     """Bounds of one example, from numbers or from arrays that broadcast to a batch."""
     if bounds is None:
         return None
+    of_one = lambda bound: np.broadcast_to(np.asarray(bound, np.float32), (1, *shape))[0]
     try:
-        return tuple(
-            np.broadcast_to(np.asarray(bound, np.float32), (1, *shape))[0] for bound in bounds
-        )
+        return tuple(map(of_one, bounds))
     except ValueError as error:
         shapes = " and ".join(str(np.shape(bound)) for bound in bounds)
         raise ValueError(

@@ -54,6 +54,13 @@ def check_names(names: Sequence[str], known: Sequence[str] = tuple(MEASUREMENTS)
         )
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for a number of examples below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1, or None for all.")
+
+
 def attack(problem: Problem, *, names: Sequence[str] = ("deepfool",), settings: Settings) -> Found:
     """Runs the attacks of the named measurements, independently of one another.
 

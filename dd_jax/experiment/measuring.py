@@ -36,7 +36,7 @@ def measure_state(
     """
     variables = variables_of(state)
     options: dict[str, Any] = dict(limit=limit, show_progress=not quiet and parallel.is_primary())
-    file = None if save_in is None else save_in / flags_name(evaluator, name)
+    file = None if save_in is None else save_in / flags_name(evaluator, name, limit)
     description = f"{name:9} measuring"
     found = evaluator.measure(
         variables, names=names, description=description, save_to=file, **options
@@ -52,7 +52,8 @@ def measure_state(
     return found
 
 
-def flags_name(evaluator: Evaluator, name: str) -> str:
+def flags_name(evaluator: Evaluator, name: str, limit: int | None) -> str:
     """The name of the file that holds which images have fallen to AutoAttack."""
     chosen = evaluator.autoattack
-    return f"autoattack_{name}_{chosen.norm}_{chosen.epsilon:g}_{chosen.version}.npz"
+    first = "" if limit is None else f"_first_{limit}"
+    return f"autoattack_{name}_{chosen.norm}_{chosen.epsilon:g}_{chosen.version}{first}.npz"

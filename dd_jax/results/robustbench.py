@@ -57,7 +57,9 @@ def write_model_infos(report: Report, workdir: pathlib.Path) -> list[pathlib.Pat
     for stage, measured in report.measured.items():
         for found in measured.get(AUTOATTACK) or ():
             version = "" if found["version"] == STANDARD else f"_{found['version']}"
-            name = f"robustbench_{stage}_{found['norm']}_{found['epsilon']:g}{version}.json"
+            first = "" if report.limit is None else f"_first_{report.limit}"
+            ball = f"{found['norm']}_{found['epsilon']:g}"
+            name = f"robustbench_{stage}_{ball}{version}{first}.json"
             content = json.dumps(model_info(report, stage, found), indent=2) + "\n"
             (workdir / name).write_text(content)
             paths.append(workdir / name)
