@@ -177,7 +177,7 @@ def measure_apgd(name: str, loaded: dict, norm: str, epsilon: float) -> dict[str
     ours = np.asarray(jax.jit(logits_fn)(inputs + found.perturbation).argmax(-1) == labels)
     net, their_labels = their_net(name, loaded), torch.tensor(loaded["labels"]).long()
     order = {"l1": 1, "l2": 2, "linf": float("inf")}[norm]
-    larger = dict(use_large_reps=True) if norm == "l1" else {}
+    larger = dict(loss_function="ce", use_large_reps=norm == "l1")
     adversarial = their_apgd(
         net, torch.tensor(loaded["images"]), their_labels, eps=epsilon, norm=order, **larger
     )

@@ -164,7 +164,8 @@ def test_a_file_finds_the_configurations_of_dd_jax_and_its_neighbors(tmp_path, m
     assert mine.seed == 2 and mine.model.name == "lenet" and mine.data.name == "mnist"
     with pytest.raises(ConfigurationError, match="cannot import name 'base' from 'configs'"):
         configuration.read(str(tmp_path / "other.py"))
-    monkeypatch.syspath_prepend(tmp_path)
+    # Not syspath_prepend, which would keep the shortened path after the test.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert configuration.read(str(tmp_path / "other.py")).seed == 3
     assert {name for name in sys.modules if name.startswith("configs")} == before
 

@@ -79,9 +79,9 @@ def test_the_default_describes_every_field_and_every_choice():
         ]
         assert described or name.endswith(("learning_rate", "overshoot")), f"{name} has no comment"
     for name, choices in configuration.CHOICES.items():
-        section, field = name.split(".")
+        field = name.split(".")[-1]
         found = [i for i, line in enumerate(lines) if f'"{field}":' in line]
-        said = " ".join(line for i in found for line in lines[max(i - 2, 0) : i + 1])
+        said = " ".join(line for i in found for line in lines[max(i - 3, 0) : i + 1])
         assert all(re.search(rf"\b{choice}\b", said) for choice in choices), (
             f"{name} does not list {choices}"
         )
@@ -346,8 +346,8 @@ def test_a_run_directory_from_before_fields_were_renamed_and_added_still_opens(t
         section, name = new.split(".")
         fields[section][old.split(".")[1]] = fields[section].pop(name)
     for added in configuration.ADDED:
-        section, name = added.split(".")
-        del fields[section][name]
+        section, _, name = added.rpartition(".")
+        del (fields[section] if section else fields)[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert configuration.load(tmp_path).to_dict() == config.to_dict()
     configuration.check_directory(config, tmp_path)
