@@ -5,6 +5,7 @@ project, one per version of JAX, so that a second run is quick; implicit rank pr
 the library's annotations are checked at every call.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -30,6 +31,20 @@ from dd_jax.attacks import _queue  # noqa: E402
 
 # JAX has not computed yet: the tests run under the flags that the commands run under.
 xla.set_flags()
+
+
+MOST_MEMORY_MAPS = 20000
+"""Of a process; Linux allows 65,530, and every compiled program needs some."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forgets compiled programs before a process that has run many tests is out of memory maps."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
