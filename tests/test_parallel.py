@@ -252,7 +252,8 @@ def test_one_of_two_processes_is_killed_and_the_other_ends_with_a_sentence(tmp_p
         pairs.append([start(tmp_path, 1, WAITING, **both, process_id=i) for i in range(2)])
     for victim, pair in enumerate(pairs):
         for process in pair:  # They have met.
-            assert any(line.startswith("[0]") for line in process.stdout)
+            have_met = any(line.startswith("[0]") for line in process.stdout)
+            assert have_met, process.communicate(timeout=100)[1][-3000:]
         pair[victim].kill()
         begin = time.monotonic()
         _, errors = pair[1 - victim].communicate(timeout=100)
