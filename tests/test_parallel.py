@@ -246,21 +246,29 @@ def test_one_of_two_processes_is_killed_and_the_other_ends_with_a_sentence(tmp_p
     """Each of the two, while they wait for each other and while they do not. JAX alone aborts with
     a stack trace where process 0 is gone, and waits for 100 seconds where 1 is.
     """
-    pairs = []
-    for together in (True, False):
-        both = dict(coordinator=f"127.0.0.1:{free_port()}", num_processes=2, together=together)
+    pairs, ports = [], set()
+    while len(ports) < 2:  # The system may give the same one twice.
+        ports.add(free_port())
+    for together, port in zip((True, False), ports, strict=True):
+        both = dict(coordinator=f"127.0.0.1:{port}", num_processes=2, together=together)
         pairs.append([start(tmp_path, 1, WAITING, **both, process_id=i) for i in range(2)])
-    for victim, pair in enumerate(pairs):
-        for process in pair:  # They have met.
-            have_met = any(line.startswith("[0]") for line in process.stdout)
-            assert have_met, process.communicate(timeout=100)[1][-3000:]
-        pair[victim].kill()
-        begin = time.monotonic()
-        _, errors = pair[1 - victim].communicate(timeout=100)
-        assert time.monotonic() - begin < 60 and pair[1 - victim].returncode == 1
-        assert "Traceback" not in errors and "***" not in errors
-        said = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1 and "Another process has ended; what it says tells why." in said[0]
+    try:
+        for victim, pair in enumerate(pairs):
+            for process in pair:  # They have met.
+                have_met = any(line.startswith("[0]") for line in process.stdout)
+                assert have_met, process.communicate(timeout=100)[1][-3000:]
+            pair[victim].kill()
+            begin = time.monotonic()
+            _, errors = pair[1 - victim].communicate(timeout=100)
+            assert time.monotonic() - begin < 60 and pair[1 - victim].returncode == 1
+            assert "Traceback" not in errors and "***" not in errors
+            said = [line for line in errors.splitlines() if line.startswith("error: ")]
+            assert (
+                len(said) == 1 and "Another process has ended; what it says tells why." in said[0]
+            )
+    finally:  # None outlives the test, or a mounted folder could not be given back.
+        for process in sum(pairs, []):
+            process.kill()
         pair[victim].communicate()
 
 
