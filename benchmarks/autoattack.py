@@ -22,6 +22,7 @@ import argparse
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -119,13 +120,14 @@ def measure_ours(name: str, loaded: dict, setting: Setting) -> dict[str, Any]:
     attack = AutoAttack(apply_fn, examples, batch_size=BATCH_SIZE)
     start = time.perf_counter()
     attack.measure(params, setting._replace(epsilon=1e-9), limit=BATCH_SIZE, show_progress=False)
-    compiling, flags = time.perf_counter() - start, pathlib.Path(f"/tmp/flags_{time.time()}.npz")
-    start = time.perf_counter()
-    found = attack.measure(params, setting, save_to=flags, show_progress=False)
-    seconds = time.perf_counter() - start
-    with np.load(flags) as saved:
-        robust = saved["fallen_to"] == -1
-    flags.unlink()
+    compiling = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        flags = pathlib.Path(folder) / "flags.npz"
+        start = time.perf_counter()
+        found = attack.measure(params, setting, save_to=flags, show_progress=False)
+        seconds = time.perf_counter() - start
+        with np.load(flags) as saved:
+            robust = saved["fallen_to"] == -1
     more = {"robust": robust, "seconds": seconds, "first_call": compiling}
     return found | more
 

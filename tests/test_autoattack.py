@@ -158,7 +158,10 @@ def test_results_do_not_depend_on_the_batch_nor_on_the_place_in_it(attack):
     whole, part = run(np.arange(9)), run(order)
     np.testing.assert_array_equal(np.asarray(whole.num_steps)[order], part.num_steps)
     np.testing.assert_allclose(
-        np.asarray(whole.perturbation)[order], part.perturbation, rtol=1e-3, atol=1e-5
+        np.asarray(whole.perturbation)[order],
+        part.perturbation,
+        rtol=1e-4 if attack == "fab" else 1e-5,
+        atol=1e-7,
     )
 
 

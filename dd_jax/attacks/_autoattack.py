@@ -104,9 +104,8 @@ def autoattack(
     """AutoAttack on one batch: which examples withstand all attacks.
 
     An example that has fallen leaves at once and costs nothing more ("rand" takes all steps for
-    all). For a whole data set,
-    `dd_jax.evaluation.robust_accuracy` runs one attack on all examples before the next one begins,
-    asks the net again apart from the attack, and can be resumed.
+    all). For a whole data set, `dd_jax.evaluation.robust_accuracy` runs one attack on all examples
+    before the next one begins, asks the net again apart from the attack, and can be resumed.
 
     Args:
       logits_fn: maps (batch, ...) inputs to (batch, classes) logits, row by row. "rand":
@@ -131,7 +130,7 @@ def autoattack(
 
     Edges: with fewer than 4 classes simpler losses take the place of targeted DLR's, and a warning
     says so. A batch may be empty. Results do not depend on the rest of the batch. Gradients do not
-    flow through the result. Compile it with `jax.jit`; the first call takes about a minute on CPUs.
+    flow through the result. Compile it with `jax.jit`; four attacks take a while to compile.
 
     Raises:
       ValueError: at trace time, for shapes, types or options that make no sense.
