@@ -140,7 +140,8 @@ command_line.run(main)
 
 
 def start(tmp_path, num_devices, program_text=PROGRAM, **arguments):
-    program = tmp_path / "program.py"
+    # A file of its own: one that is written again may be read while it is empty.
+    program = tmp_path / f"program_{len(list(tmp_path.iterdir()))}.py"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     program.write_text(textwrap.dedent(program_text).format(root=root))
     environment = os.environ | {
