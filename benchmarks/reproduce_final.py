@@ -31,6 +31,7 @@ from benchmarks.reproduce_search import (
     append_line,
     choose,
     digest,
+    read_choice,
     read_config,
     read_lines,
 )
@@ -64,16 +65,6 @@ def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
     content = {"net": net, "data": lines[0]["data"], "reference": reference, "defenses": chosen}
     (results / f"chosen_{net}.json").write_text(json.dumps(content, indent=1) + "\n")
     return content
-
-
-def read_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
-    """What chosen_NET.json holds; FileNotFoundError, with what to do, where it is not there."""
-    path = results / f"chosen_{net}.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no {path}; run python -m benchmarks.reproduce --search, then --choose."
-        )
-    return json.loads(path.read_text())
 
 
 def directory(workdir: pathlib.Path, net: str, seed: int, defense: str, settings: Settings):

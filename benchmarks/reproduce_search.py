@@ -4,7 +4,8 @@ training images.
 A trial is a fine-tuning from one reference net (seed 0), both without the last VALIDATION_IMAGES training
 images; these are what it is measured on. No test image is used. Every defense gets the same number of
 trials: four beginnings, then moves, each of which changes two options of one of the best trials so far. The
-beginnings were set by hand, the third and the fourth after the first two had been tried on the MLP.
+beginnings were set by hand, the third and the fourth after the first two had been tried on the MLP. LeNet's
+search has one beginning: what was chosen for the MLP, on the same data (chosen_mlp.json).
 What the moves look for, the "promise", is the geometric mean of the gains of l_2 (DeepFool) and of rho_inf
 (FGSM) over the reference, less SHORTFALL for every point of accuracy below the reference's. What is chosen
 in the end has an accuracy that is not below the reference's, and of those the greatest gain.
@@ -35,6 +36,7 @@ from dd_jax.training.train_step import DivergenceError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/reproduction"
+BEGINS_AS = {"lenet": "mlp"}  # Nets whose search begins with what was chosen for another.
 CONFIGS = {
     "mlp": "mnist_mlp",
     "lenet": "mnist_lenet",
@@ -163,13 +165,23 @@ def _scaled(net: str, settings: Settings) -> Settings:
     return settings
 
 
-def next_settings(net: str, defense: str, lines: Sequence[Line], reference: Figures) -> Settings:
-    """The settings of the trial that follows those of `lines`: a beginning, or a move from one of
-    the best that repeats no earlier trial.
+def beginnings(net: str, defense: str, results: pathlib.Path = RESULTS) -> list[Settings]:
+    """The settings of the first trials; FileNotFoundError where another net's choice is missing."""
+    if net in BEGINS_AS:
+        chosen = read_choice(BEGINS_AS[net], results)["defenses"]
+        return [chosen[defense]["settings"]]
+    return [beginning(net, defense, number) for number in range(NUM_BEGINNINGS)]
+
+
+def next_settings(
+    first: Sequence[Settings], defense: str, lines: Sequence[Line], reference: Figures
+) -> Settings:
+    """The settings of the trial that follows those of `lines`: a beginning of `first`, or a move
+    from one of the best that repeats no earlier trial.
     """
     number, tried = len(lines), [line["settings"] for line in lines]
-    if number < NUM_BEGINNINGS:
-        return beginning(net, defense, number)
+    if number < len(first):
+        return first[number]
     ranked = sorted(lines, key=lambda line: promise(line, reference), reverse=True)
     random = np.random.default_rng((list(SPACES).index(defense), number))
     while True:
@@ -222,6 +234,16 @@ def choose(lines: Sequence[Line], reference: Figures) -> Line:
 def digest(settings: Settings) -> str:
     """Eight letters that stand for settings, in the names of directories."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
+    """What chosen_NET.json holds; FileNotFoundError, with what to do, where it is not there."""
+    path = results / f"chosen_{net}.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {path}; run python -m benchmarks.reproduce --search, then --choose."
+        )
+    return json.loads(path.read_text())
 
 
 def read_lines(path: pathlib.Path) -> list[Line]:
@@ -294,7 +316,8 @@ class Search:
             for defense in defenses:
                 lines = self.lines(defense)
                 if len(lines) <= number:
-                    settings = next_settings(self._net, defense, lines, reference)
+                    first = beginnings(self._net, defense, self._path.parent)
+                    settings = next_settings(first, defense, lines, reference)
                     line = self.trial(defense, number, settings)
                     append_line(self._path, line)
                     say(f"{self._net} {_said(line, reference)}")

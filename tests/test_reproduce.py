@@ -66,12 +66,12 @@ def test_the_gain_is_the_geometric_mean_of_both_norms():
     assert search.gain(figures(0.9, 2.0, 0.8), REFERENCE) == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("net", ["mlp", "nin"])
+@pytest.mark.parametrize("net", ["mlp", "lenet", "nin"])
 @pytest.mark.parametrize("defense", search.DEFENSES)
 def test_every_trial_is_within_its_space_and_none_is_made_twice(net, defense):
-    space, lines = search.SPACES[defense], []
+    space, lines, first = search.SPACES[defense], [], search.beginnings(net, defense)
     for number in range(12):
-        settings = search.next_settings(net, defense, lines, REFERENCE)
+        settings = search.next_settings(first, defense, lines, REFERENCE)
         assert settings.keys() == space.keys()
         for name, value in settings.items():
             values, (low, high) = space[name]
@@ -80,10 +80,20 @@ def test_every_trial_is_within_its_space_and_none_is_made_twice(net, defense):
         search.read_config(net, defense, settings, None)  # The configuration takes them.
         lines.append({"settings": settings, "figures": figures(0.97 + number / 1000, 1.0)})
     parents = [lines[-1]["settings"], lines[-2]["settings"]]
-    moved = search.next_settings(net, defense, lines, REFERENCE)
+    moved = search.next_settings(first, defense, lines, REFERENCE)
     changes = [sum(moved[name] != parent[name] for name in moved) for parent in parents]
     assert min(changes) <= search.NUM_CHANGES
-    assert moved == search.next_settings(net, defense, lines, REFERENCE), "Resumed, it is the same."
+    assert moved == search.next_settings(first, defense, lines, REFERENCE), (
+        "Resumed, it is the same."
+    )
+
+
+def test_the_search_of_lenet_begins_with_what_was_chosen_for_the_mlp(tmp_path):
+    chosen = {"clean": {"settings": {search.RATE: 0.25}}}
+    (tmp_path / "chosen_mlp.json").write_text(json.dumps({"defenses": chosen}))
+    assert search.beginnings("lenet", "clean", tmp_path) == [{search.RATE: 0.25}]
+    with pytest.raises(FileNotFoundError, match="--search, then --choose"):
+        search.beginnings("lenet", "clean", tmp_path / "none")
 
 
 def test_a_line_that_was_cut_off_is_left_out_and_spoils_no_other(tmp_path):
