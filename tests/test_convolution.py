@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
+from dd_jax.xla import convolution as forms
 from dd_jax.xla.convolution import LAYOUT, convolution, input_gradient, kernel_gradient
 
 CASES = {  # image, kernel, inputs, outputs, padding
@@ -18,11 +19,19 @@ CASES = {  # image, kernel, inputs, outputs, padding
     "one pixel left": ((3, 3), (3, 3), 2, 4, ((0, 0), (0, 0))),
     "pointwise": ((3, 4), (1, 1), 3, 2, ((0, 0), (0, 0))),
     "one input channel": ((5, 5), (2, 2), 1, 3, ((0, 0), (0, 0))),
+    "one input channel, uneven edges": ((5, 4), (3, 2), 1, 3, ((2, 0), (0, 1))),
+    "cropped": ((6, 6), (2, 3), 2, 3, ((-1, 0), (0, -2))),
 }
 
 
+@pytest.fixture(params=[0, 4], ids=["any channels", "few channels"])
+def few_inputs(request, monkeypatch):
+    """The forms that another JAX may choose are right, too."""
+    monkeypatch.setattr(forms, "FEW_INPUTS", request.param)
+
+
 @pytest.fixture(params=CASES)
-def case(request, x64):
+def case(request, few_inputs, x64):
     image, size, inputs, outputs, padding = CASES[request.param]
     random = np.random.default_rng(0)
     x, kernel = (

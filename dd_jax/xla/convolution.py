@@ -22,8 +22,11 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 # The largest ratio of an input gradient's pixels to its cotangent's for which one convolution is
 # the fastest form, measured on a CPU.
 MOST_ZEROS = 1.5
-# With fewer output channels, computing in blocks is faster, measured on a CPU.
-FEWEST_OUTPUTS = 2
+# Up to so many input channels, other forms are faster on a CPU before jax 0.11, measured by
+# benchmarks/convolutions.py and in whole steps: an input gradient by pixels, and a convolution to
+# not many channels in blocks.
+FEW_INPUTS = 4 if jax.__version_info__ < (0, 11) else 0
+MOST_OUTPUTS_IN_BLOCKS = 32
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -49,7 +52,9 @@ def input_gradient(
     convolution).
     """
     (rows, columns), ends = cotangent.shape[1:3], _ends_of_gradient(kernel.shape[:2], padding)
-    down, across = kernel.shape[:2]
+    down, across, inputs = kernel.shape[:3]
+    if inputs <= FEW_INPUTS and (down, across) != (1, 1):
+        return _input_gradient_by_pixels(cotangent, kernel, padding)
     height = rows + sum(ends[0]) - down + 1
     width = columns + sum(ends[1]) - across + 1
     if height * width >= MOST_ZEROS * rows * columns:
@@ -76,6 +81,32 @@ def _input_gradient_by_rows(cotangent: Array, kernel: Array, padding: Padding) -
     ]
     rows = (lax.pad(parts[:, :, :, row], zero, edges[row]) for row in range(down))
     return sum(rows)  # type: ignore[return-value]  # There is a row or more.
+
+
+def _input_gradient_by_pixels(cotangent: Array, kernel: Array, padding: Padding) -> Array:
+    """The sum of the contributions of the kernel's pixels, which are one matrix product.
+
+    Faster than a convolution with so few outputs that they leave most of a vector register empty.
+    """
+    down, across, inputs, _ = kernel.shape
+    (top, bottom), (left, right) = padding
+    parts = lax.dot_general(cotangent, kernel, (((3,), (3,)), ((), ())))
+    zero = jnp.zeros((), parts.dtype)
+    pixels = (
+        lax.pad(
+            parts[:, :, :, row, column],
+            zero,
+            (
+                (0, 0, 0),
+                (row - top, down - 1 - row - bottom, 0),
+                (column - left, across - 1 - column - right, 0),
+                (0, 0, 0),
+            ),
+        )
+        for row in range(down)
+        for column in range(across)
+    )
+    return sum(pixels)  # type: ignore[return-value]  # There is a pixel or more.
 
 
 def _ends_of_gradient(sizes: Sequence[int], padding: Padding) -> Padding:
@@ -151,7 +182,9 @@ kernel_gradient.defvjp(partial(_saved, of=kernel_gradient), _kernel_gradient_bac
 
 
 def _correlation(x: Array, kernel: Array, padding: Padding) -> Array:
-    if kernel.shape[3] < FEWEST_OUTPUTS and kernel.shape[:2] != (1, 1):
+    down, across, inputs, outputs = kernel.shape
+    is_narrow = inputs <= FEW_INPUTS and outputs <= MOST_OUTPUTS_IN_BLOCKS
+    if (is_narrow or outputs == 1) and (down, across) != (1, 1):
         return _in_blocks(x, kernel, padding)
     return _plain(x, kernel, (1, 1), padding)
 
@@ -164,8 +197,7 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
     """The same numbers, with every 2 x 2 block of outputs computed as the channels of one output of
     a convolution with stride 2.
 
-    A convolution with one output channel (the input gradient of a gray image) would leave most of a
-    vector register empty.
+    A convolution with few channels leaves most of a vector register empty, or makes short patches.
     """
     sizes = [
         n + lo + hi - k + 1
