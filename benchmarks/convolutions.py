@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     batch = parser.parse_args().batch
     print(f"jax {jax.__version__}, {jax.default_backend()}, batch {batch}; {FLAGS_ADDED.sentence}")
-    print("| from few channels | wide | few (blocks) | gradient wide | few (pixels) |")
+    print("| from few channels | wide | few (rows) | gradient wide | few (pixels) |")
     print("| --- | --- | --- | --- | --- |")
     for name, case in CASES.items():
         figures = " | ".join(f"{microseconds:.0f}" for microseconds in measure(case, batch))

@@ -24,9 +24,9 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 MOST_ZEROS = 1.5
 # Up to so many input channels, other forms are faster on a CPU before jax 0.11, measured by
 # benchmarks/convolutions.py and in whole steps: an input gradient by pixels, and a convolution to
-# not many channels in blocks.
+# not many channels in blocks of a row.
 FEW_INPUTS = 4 if jax.__version_info__ < (0, 11) else 0
-MOST_OUTPUTS_IN_BLOCKS = 32
+MOST_OUTPUTS_IN_BLOCKS = 64
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -183,9 +183,12 @@ kernel_gradient.defvjp(partial(_saved, of=kernel_gradient), _kernel_gradient_bac
 
 def _correlation(x: Array, kernel: Array, padding: Padding) -> Array:
     down, across, inputs, outputs = kernel.shape
-    is_narrow = inputs <= FEW_INPUTS and outputs <= MOST_OUTPUTS_IN_BLOCKS
-    if (is_narrow or outputs == 1) and (down, across) != (1, 1):
-        return _in_blocks(x, kernel, padding)
+    if (down, across) == (1, 1):
+        return _plain(x, kernel, (1, 1), padding)
+    if outputs == 1:
+        return _in_blocks(x, kernel, padding, (2, 2))
+    if inputs <= FEW_INPUTS and outputs <= MOST_OUTPUTS_IN_BLOCKS:
+        return _in_blocks(x, kernel, padding, (1, 4))
     return _plain(x, kernel, (1, 1), padding)
 
 
@@ -193,24 +196,27 @@ def _plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) 
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
-def _in_blocks(x: Array, kernel: Array, padding: Padding) -> Array:
-    """The same numbers, with every 2 x 2 block of outputs computed as the channels of one output of
-    a convolution with stride 2.
+def _in_blocks(x: Array, kernel: Array, padding: Padding, block: tuple[int, int]) -> Array:
+    """The same numbers, with every block of outputs computed as the channels of one output of a
+    convolution with the block's size as its strides.
 
     A convolution with few channels leaves most of a vector register empty, or makes short patches.
     """
+    down, across = block
     sizes = [
         n + lo + hi - k + 1
         for n, (lo, hi), k in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
     ]
     shifted = [
-        jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)
+        jnp.pad(kernel, ((i, down - 1 - i), (j, across - 1 - j), (0, 0), (0, 0)))
+        for i in range(down)
+        for j in range(across)
     ]
     blocks = lax.optimization_barrier(jnp.concatenate(shifted, axis=3))
     (top, bottom), (left, right) = padding
-    even = (top, bottom + sizes[0] % 2), (left, right + sizes[1] % 2)
-    y = _plain(x, blocks, (2, 2), even)
-    return _depth_to_space(y, 2, 2)[:, : sizes[0], : sizes[1]]
+    whole = (top, bottom + -sizes[0] % down), (left, right + -sizes[1] % across)
+    y = _plain(x, blocks, block, whole)
+    return _depth_to_space(y, down, across)[:, : sizes[0], : sizes[1]]
 
 
 def _depth_to_space(x: Array, down: int, across: int) -> Array:
