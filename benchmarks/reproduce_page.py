@@ -83,6 +83,7 @@ def net_section(net: str, results: pathlib.Path) -> tuple[str, dict[str, Any]]:
     if by_method:
         parts += [conditions(lines), main_table(by_method)]
         parts += successes(by_method) + targets(net, summary) + exact_table(by_method)
+        parts += autoattack_table(read_lines(results / f"autoattack_{net}.jsonl"), lines)
         parts.append(times(by_method))
     trials = read_lines(results / f"search_{net}.jsonl")
     parts += [searched(net, choice, trials), chosen_table(choice)]
@@ -216,6 +217,41 @@ def exact_table(by_method: Mapping[str, Sequence[Line]]) -> list[str]:
     return [text, main_table(with_it, "exact_subset")]
 
 
+def autoattack_table(measured: Sequence[Line], finals: Sequence[Line]) -> list[str]:
+    """Robust accuracy of the final nets, by ball; of nets that were chosen since then, nothing."""
+    nets = [(line["seed"], line["defense"], line["settings"]) for line in finals]
+    lines = [x for x in measured if (x["seed"], x["defense"], x["settings"]) in nets]
+    if not lines:
+        return []
+    balls = sorted({(line["norm"], line["epsilon"]) for line in lines})
+    rows = [["", "seeds", *(f"{norm} {epsilon:.4g}" for norm, epsilon in balls)]]
+    for method in ORDER:
+        found = [line for line in lines if line["defense"] == method]
+        if found:
+            in_balls = [
+                [x["robust_accuracy"] for x in found if (x["norm"], x["epsilon"]) == ball]
+                for ball in balls
+            ]
+            cells = [
+                cell({"mean": sum(x) / len(x), "least": min(x), "greatest": max(x)}, "{:.2%}")
+                if x
+                else "-"
+                for x in in_balls
+            ]
+            rows.append([method, str(len({line["seed"] for line in found})), *cells])
+    text = (
+        'Robust accuracy under AutoAttack (version "standard"), on the first '
+        f"{lines[0]['num_examples']} test images, within the range of pixels, epsilon in units of "
+        "it; `python -m benchmarks.reproduce_autoattack`:"
+    )
+    remarks = [
+        f"- {x['defense']}, seed {x['seed']}, {x['norm']}: {remark}"
+        for x in lines
+        for remark in x["remarks"]
+    ]
+    return [text, table(rows), *["\n".join(remarks)][: len(remarks)]]
+
+
 def times(by_method: Mapping[str, Sequence[Line]]) -> str:
     """Minutes of training and of training with all measurements, the mean over the seeds."""
     minutes: Callable[[Sequence[Line], str, str], float] = lambda lines, part, kind: (
@@ -316,7 +352,8 @@ Written by `python -m benchmarks.reproduce --page` from the lines of results in 
     python -m benchmarks.reproduce --search --nets mlp lenet --data_dir DIR --trials 12
     python -m benchmarks.reproduce --choose --nets mlp lenet
     python -m benchmarks.reproduce --nets mlp lenet --seeds 0 1 2 --data_dir DIR
-    python -m benchmarks.reproduce_judges --nets mlp lenet --seeds 0 1 2
+    python -m benchmarks.reproduce_judges --nets mlp lenet --seeds 0 1 2 --data_dir DIR
+    python -m benchmarks.reproduce_autoattack --nets mlp lenet --seeds 0 --data_dir DIR
 
 Each command goes on where it was stopped. The options of every defense were chosen on held-out training
 images; the last section names defenses that had fewer trials. Test images were seen by the final runs alone.

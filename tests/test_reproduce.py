@@ -2,6 +2,7 @@
 on where they were stopped. Tiny runs on digits.
 """
 
+import argparse
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from benchmarks import reproduce_autoattack as autoattack
 from benchmarks import reproduce_final as final
 from benchmarks import reproduce_page as page
 from benchmarks import reproduce_search as search
@@ -186,6 +188,32 @@ def test_final_runs_go_on_and_the_page_has_their_figures(searched):
     assert "- lenet: nothing was chosen yet" in text
     content = json.loads((workdir / "results.json").read_text())["mlp"]
     assert content["final"]["deep_defense"]["l2"]["mean"] == again["figures"]["l2"]
+
+
+def test_autoattack_measures_every_final_net_once_and_the_page_shows_it(searched, monkeypatch):
+    workdir, _, _ = searched
+    if not (workdir / "chosen_mlp.json").exists():
+        final.write_choice("mlp", workdir)
+    final.Finals("mlp", workdir, workdir, None, TINY).run([0])
+    asked = []
+
+    def measure(evaluator, state, *, names, name, save_in):
+        asked.append((evaluator.autoattack.norm, evaluator.autoattack.epsilon, names, name))
+        withstand = len(asked) / 10
+        return {"autoattack": [{"robust_accuracy": withstand, "num_examples": 20, "remarks": []}]}
+
+    monkeypatch.setattr(autoattack, "measure_state", measure)
+    options = dict(seeds=[0], num_images=20, workdir=workdir, results=workdir, data_dir=None)
+    for _ in range(2):
+        for ball in autoattack.BALLS["mlp"]:
+            autoattack.attack_nets("mlp", *ball, argparse.Namespace(**options))
+    stages = ["reference", "defended", "defended"]
+    assert [each[3] for each in asked] == 2 * stages, "Each net once in each of two balls."
+    assert asked[0] == ("l2", 1.5, ("autoattack",), "reference")
+    assert asked[3][:2] == ("linf", 0.1)
+    text = page.write_page(workdir).read_text()
+    assert "| deep_defense | 1 | 30.00% | 60.00% |" in text and "first 20 test images" in text
+    assert page.autoattack_table(search.read_lines(workdir / "autoattack_mlp.jsonl"), []) == []
 
 
 def test_the_page_shows_mean_and_range_over_the_seeds_beside_the_papers(tmp_path):
