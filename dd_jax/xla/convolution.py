@@ -207,8 +207,9 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding, block: tuple[int, int]
         n + lo + hi - k + 1
         for n, (lo, hi), k in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
     ]
+    zero = jnp.zeros((), kernel.dtype)  # jnp.pad fails in the second derivative of a scan (0.10.2).
     shifted = [
-        jnp.pad(kernel, ((i, down - 1 - i), (j, across - 1 - j), (0, 0), (0, 0)))
+        lax.pad(kernel, zero, ((i, down - 1 - i, 0), (j, across - 1 - j, 0), (0, 0, 0), (0, 0, 0)))
         for i in range(down)
         for j in range(across)
     ]
