@@ -25,7 +25,6 @@ from benchmarks import reproduce_search as search  # noqa: E402
 from dd_jax.evaluation.evaluate import AUTOATTACK  # noqa: E402
 from dd_jax.experiment import build, command_line  # noqa: E402
 from dd_jax.experiment.measuring import measure_state  # noqa: E402
-from dd_jax.results.report import DEFENDED, REFERENCE  # noqa: E402
 
 # The balls by net, in units of a pixel's range; CIFAR-10's are those that RobustBench uses.
 MNIST, CIFAR_10 = (("l2", 1.5), ("linf", 0.1)), (("l2", 0.5), ("linf", 8 / 255))
@@ -57,25 +56,20 @@ def attack_nets(net: str, norm: str, epsilon: float, arguments: Any) -> None:
         f"--config.evaluation.epsilon={epsilon}",
         f"--config.evaluation.autoattack_examples={arguments.num_images}",
     ]
-    for line in final.results_of(net, arguments.results):
-        seed, defense, settings = line["seed"], line["defense"], line["settings"]
-        workdir = final.directory(arguments.workdir, net, seed, defense, settings)
-        key = {"net": net, "seed": seed, "defense": defense, "settings": settings} | ball
-        key |= {"num_examples": arguments.num_images}
-        is_known = any(key.items() <= each.items() for each in search.read_lines(path))
-        if is_known or seed not in arguments.seeds or not workdir.is_dir():
+    for net_key, where, stage in final.final_nets(
+        net, arguments.seeds, arguments.workdir, arguments.results
+    ):
+        key = net_key | ball | {"num_examples": arguments.num_images}
+        if any(key.items() <= each.items() for each in search.read_lines(path)):
             continue
-        if first is None:
-            run = first = build.open_run(workdir, arguments.data_dir, overrides)
-        else:
-            run = build.open_run_like(first, workdir, overrides)
-        stage = REFERENCE if defense == REFERENCE else DEFENDED
+        run = final.opened(first, where, arguments.data_dir, overrides)
+        first = first or run
         state, started = build.restore_state(run, stage), search.Clock()
-        options = dict(names=(AUTOATTACK,), name=stage, save_in=workdir)
+        options = dict(names=(AUTOATTACK,), name=stage, save_in=where)
         (found,) = measure_state(first.evaluator, state, **options)[AUTOATTACK]
         search.append_line(path, key | found | final.facts(run) | started.seconds())
         command_line.say(
-            f"{net} {seed} {defense}, {norm} {epsilon:g}: {found['robust_accuracy']:.2%} of "
+            f"{net} {key['seed']} {key['defense']}, {norm} {epsilon:g}: {found['robust_accuracy']:.2%} of "
             f"{found['num_examples']} images withstand"
         )
 

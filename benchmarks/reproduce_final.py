@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,28 @@ def directory(workdir: pathlib.Path, net: str, seed: int, defense: str, settings
     """The run directory of a final run, which other settings do not share."""
     name = defense if defense == REFERENCE else f"{defense}-{digest(settings)}"
     return workdir / "final" / net / f"seed_{seed}" / name
+
+
+def final_nets(
+    net: str, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path = RESULTS
+) -> Iterator[tuple[dict[str, Any], pathlib.Path, str]]:
+    """The nets that have a line of results and a run directory: what a line about one begins with,
+    the directory, and the stage.
+    """
+    for line in results_of(net, results):
+        key = {name: line[name] for name in ("net", "seed", "defense", "settings")}
+        where = directory(workdir, net, line["seed"], line["defense"], line["settings"])
+        if line["seed"] in seeds and where.is_dir():
+            yield key, where, REFERENCE if line["defense"] == REFERENCE else DEFENDED
+
+
+def opened(
+    first: Run | None, where: pathlib.Path, data_dir: str | None, overrides: Sequence[str] = ()
+) -> Run:
+    """The run of a directory, on the data of the first one if there is one."""
+    if first is None:
+        return build.open_run(where, data_dir, overrides)
+    return build.open_run_like(first, where, overrides)
 
 
 class Finals:

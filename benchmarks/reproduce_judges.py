@@ -42,7 +42,6 @@ from dd_jax.experiment import build, command_line  # noqa: E402
 from dd_jax.experiment.build import Run  # noqa: E402
 from dd_jax.experiment.configuration import ConfigurationError  # noqa: E402
 from dd_jax.experiment.measuring import variables_of  # noqa: E402
-from dd_jax.results.report import DEFENDED, REFERENCE  # noqa: E402
 
 try:
     import foolbox
@@ -96,28 +95,22 @@ def main() -> None:
 def judge_net(net: str, arguments: Any) -> None:
     """All final nets of that name, by all attacks that are missing."""
     path, first = arguments.results / f"judges_{net}.jsonl", None
-    for line in final.results_of(net, arguments.results):
-        seed, defense, settings = line["seed"], line["defense"], line["settings"]
-        workdir = final.directory(arguments.workdir, net, seed, defense, settings)
-        if seed not in arguments.seeds or not workdir.is_dir():
-            continue
-        key = {"net": net, "seed": seed, "defense": defense, "settings": settings}
-        key |= {"images": arguments.num_images}
+    for net_key, where, stage in final.final_nets(
+        net, arguments.seeds, arguments.workdir, arguments.results
+    ):
+        key = net_key | {"images": arguments.num_images}
         known = [each["attack"] for each in search.read_lines(path) if key.items() <= each.items()]
         missing = [name for name in arguments.attacks if name not in known]
         if not missing:
             continue
-        if first is None:
-            run = first = build.open_run(workdir, arguments.data_dir)
-        else:
-            run = build.open_run_like(first, workdir)
-        stage = REFERENCE if defense == REFERENCE else DEFENDED
+        run = final.opened(first, where, arguments.data_dir)
+        first = first or run
         problem = make_problem(run, exported(run, stage), arguments.num_images)
         for name in missing:
             found = key | {"attack": name} | compared(problem, *ATTACKS[name])
             search.append_line(path, found)
             command_line.say(
-                f"{net} {seed} {defense} {name}: {found['dd_jax']:.4f}, foolbox "
+                f"{net} {key['seed']} {key['defense']} {name}: {found['dd_jax']:.4f}, foolbox "
                 f"{found['foolbox']:.4f}"
             )
 
