@@ -14,8 +14,8 @@ paper's):
 AutoAttack on the first 1,000 leaves 24.0% of the reference's and 79.4% of Deep Defense's in the l2
 ball of 1.5, 20.7% and 88.2% in the linf ball of 0.1 (benchmarks/reproduce_autoattack.py).
 
-DeepFool, FGSM and C&W fooled the nets on all images, by the forward pass that checks them. The
-options were chosen on held-out training images: benchmarks/reproduction/ has the search, the other
+DeepFool and C&W fooled the nets on all images, FGSM the reference on all and Deep Defense's on
+99.93%, by the forward pass that checks them. The options were chosen on held-out training images: benchmarks/reproduction/ has the search, the other
 defenses and more seeds. With rate 1e-3, 5 epochs, lambda 15 and c 15 it was 98.26%, l_2 1.708,
 rho_inf 0.1140, C&W 1.811 and PGD 35.15%.
 """
