@@ -143,7 +143,10 @@ def test_the_squares_shrink_as_the_paper_says():
 
 
 @pytest.mark.parametrize("attack", ["apgd", "apgd_restarts", "fab", "square"])
-def test_results_do_not_depend_on_the_batch_nor_on_the_place_in_it(attack):
+def test_results_do_not_depend_on_the_batch_nor_on_the_place_in_it(attack, request):
+    if attack == "fab":  # Its projections carry rounding of float32 on: up to 1.4e-5 on jax 0.12.
+        request.getfixturevalue("x64")
+    inputs = INPUTS.astype(jnp.float64 if attack == "fab" else INPUTS.dtype)
     keys = jax.random.split(jax.random.key(1), 9)
     function = {
         "apgd": partial(apgd, epsilon=0.05, num_steps=8),
@@ -153,15 +156,12 @@ def test_results_do_not_depend_on_the_batch_nor_on_the_place_in_it(attack):
         ),
         "square": partial(square, epsilon=0.05, num_queries=25),
     }[attack]
-    run = lambda rows: function(curved, INPUTS[rows], key=keys[rows])
+    run = lambda rows: function(curved, inputs[rows], key=keys[rows])
     order = np.array([7, 2, 0, 5])
     whole, part = run(np.arange(9)), run(order)
     np.testing.assert_array_equal(np.asarray(whole.num_steps)[order], part.num_steps)
     np.testing.assert_allclose(
-        np.asarray(whole.perturbation)[order],
-        part.perturbation,
-        rtol=1e-4 if attack == "fab" else 1e-5,
-        atol=1e-7,
+        np.asarray(whole.perturbation)[order], part.perturbation, rtol=1e-5, atol=1e-7
     )
 
 
