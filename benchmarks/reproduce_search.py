@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs import default
 from dd_jax.experiment import build, configuration, runs
 from dd_jax.experiment.build import Run
 from dd_jax.experiment.measuring import measure_state
@@ -270,11 +271,18 @@ def append_line(path: pathlib.Path, line: Line) -> None:
 def read_config(
     net: str, defense: str, settings: Settings, data_dir: str | None, *others: str
 ) -> Any:
-    """The configuration of a net with these settings, and the directory of its data."""
+    """The configuration of a net with these settings, and the directory of its data. Options of the
+    search that are not among the settings are configs/default.py's: a run does not depend on what the
+    net's file has chosen for its own defense.
+    """
     given = [f"{name}={value}" for name, value in settings.items()]
     overrides = [f"defense.name={defense}", BOUND, *given, *others]
     path = ROOT / "configs" / f"{CONFIGS[net]}.py"
     config = configuration.read(str(path), [f"--config.{override}" for override in overrides])
+    defaults = default.get_config()
+    for name in {name for space in SPACES.values() for name in space} - settings.keys():
+        section, _, option = name.partition(".")
+        config[section][option] = defaults[section][option]
     if data_dir:
         config.data.dir = data_dir
     return config

@@ -134,6 +134,15 @@ def test_a_search_goes_on_and_measures_on_held_out_images(searched):
     assert [path.name for path in (workdir / "search/mlp").iterdir()] == ["reference"]
 
 
+def test_a_run_does_not_depend_on_what_the_nets_file_chose_for_its_own_defense():
+    # Or a reference that was trained before the choice could not be used after it.
+    mlp = search.read_config("mlp", "clean", {}, None)
+    lenet = search.read_config("lenet", "clean", {}, None)
+    assert mlp.fine_tuning == lenet.fine_tuning and mlp.defense == lenet.defense
+    own = search.read_config("mlp", "clean", {"fine_tuning.num_epochs": 20}, None)
+    assert own.fine_tuning.num_epochs == 20
+
+
 def test_a_reference_that_has_seen_held_out_images_is_refused(searched, tmp_path):
     workdir, _, _ = searched
     source = f"reference.source={workdir / 'search/mlp/reference'}"
