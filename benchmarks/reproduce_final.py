@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.reproduce_search import (
+    BEGINS_AS,
     DEFENSES,
     MEASURED,
     RESULTS,
@@ -29,6 +30,7 @@ from benchmarks.reproduce_search import (
     Line,
     Settings,
     append_line,
+    beginnings,
     choose,
     digest,
     read_choice,
@@ -52,16 +54,21 @@ JPEG_COPY = "CIFAR-10 (JPEG copy)"
 
 
 def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
-    """Chooses from the search's trials and writes chosen_NET.json; returns what it holds."""
+    """Chooses from the search's trials and writes chosen_NET.json; returns what it holds. A defense
+    without trials has what another net chose, where the search would begin with that.
+    """
     lines = read_lines(results / f"search_{net}.jsonl")
     reference = next(line for line in lines if line["defense"] == REFERENCE)["figures"]
     chosen = {}
     for defense in DEFENSES:
         trials = [line for line in lines if line["defense"] == defense]
+        names = ("settings", "trial", "figures")
         if trials:
             best = choose(trials, reference)
-            names = ("settings", "trial", "figures")
             chosen[defense] = {name: best[name] for name in names} | {"num_trials": len(trials)}
+        elif net in BEGINS_AS:
+            values = (beginnings(net, defense, results)[0], None, None)
+            chosen[defense] = dict(zip(names, values, strict=True)) | {"num_trials": 0}
     content = {"net": net, "data": lines[0]["data"], "reference": reference, "defenses": chosen}
     (results / f"chosen_{net}.json").write_text(json.dumps(content, indent=1) + "\n")
     return content

@@ -17,6 +17,7 @@ from benchmarks.reproduce_final import (
     results_of,
 )
 from benchmarks.reproduce_search import (
+    BEGINS_AS,
     CONFIGS,
     DEFENSES,
     RESULTS,
@@ -289,13 +290,17 @@ def chosen_table(choice: Mapping[str, Any]) -> str:
     head = ["chosen", "trial", *(c.heading for c in columns), "gain", "options"]
     rows, reference = [head], choice["reference"]
     for method, chosen in choice["defenses"].items():
-        figures: Figures = chosen["figures"]
-        below = " (below the reference's)" * (figures["accuracy"] < reference["accuracy"])
-        cells = [c.form.format(figures[c.name]) for c in columns]
-        cells[0] += below
+        figures: Figures | None = chosen["figures"]
         options = ", ".join(
             f"{name.partition('.')[2]} {value}" for name, value in chosen["settings"].items()
         )
+        if figures is None:
+            begins = f"none: {BEGINS_AS[choice['net']]}'s choice"
+            rows.append([method, begins, *("-" for _ in columns), "-", options])
+            continue
+        below = " (below the reference's)" * (figures["accuracy"] < reference["accuracy"])
+        cells = [c.form.format(figures[c.name]) for c in columns]
+        cells[0] += below
         gained = f"{gain(figures, reference):.3f}"
         rows.append([method, str(chosen["trial"]), *cells, gained, options])
     return table(rows)

@@ -5,7 +5,8 @@ A trial is a fine-tuning from one reference net (seed 0), both without the last 
 images; these are what it is measured on. No test image is used. Every defense gets the same number of
 trials: four beginnings, then moves, each of which changes two options of one of the best trials so far. The
 beginnings were set by hand, the third and the fourth after the first two had been tried on the MLP. LeNet's
-search has one beginning: what was chosen for the MLP, on the same data (chosen_mlp.json).
+search has one beginning: what was chosen for the MLP, on the same data (chosen_mlp.json); a defense
+without trials keeps that.
 What the moves look for, the "promise", is the geometric mean of the gains of l_2 (DeepFool) and of rho_inf
 (FGSM) over the reference, less SHORTFALL for every point of accuracy below the reference's. What is chosen
 in the end has an accuracy that is not below the reference's, and of those the greatest gain.

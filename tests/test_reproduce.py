@@ -235,6 +235,24 @@ def test_the_page_shows_mean_and_range_over_the_seeds_beside_the_papers(tmp_path
     assert page.targets("mlp", {"deep_defense": {}}) == []
 
 
+def test_a_net_without_trials_has_what_the_other_net_on_the_same_data_chose(tmp_path):
+    reference = {"defense": "reference", "data": "digits", "figures": REFERENCE, "seconds": 1.0}
+    search.append_line(tmp_path / "search_mlp.jsonl", reference)
+    search.append_line(tmp_path / "search_lenet.jsonl", reference)
+    settings = search.beginning("mlp", "clean", 2)
+    chosen = {d: {"settings": search.beginning("mlp", d, 2)} for d in search.DEFENSES}
+    content = {"net": "mlp", "defenses": chosen}
+    (tmp_path / "chosen_mlp.json").write_text(json.dumps(content))
+    tried = trial(0.98, 1.5) | {"defense": "deep_defense", "trial": 0}
+    search.append_line(tmp_path / "search_lenet.jsonl", tried)
+    choice = final.write_choice("lenet", tmp_path)
+    assert choice["defenses"]["clean"]["settings"] == settings
+    assert choice["defenses"]["deep_defense"]["num_trials"] == 1
+    table = page.chosen_table(choice)
+    assert "| clean | none: mlp's choice | - | - | - | - | - | learning_rate 0.01," in table
+    assert "| deep_defense | 0 | 98.00% | 1.500 |" in table
+
+
 def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_it():
     def line(attack, ours, theirs):
         shared = {"defense": "clean", "seed": 0, "figure": "l2", "version": "1"}
