@@ -30,18 +30,13 @@ from dd_jax.experiment import command_line  # noqa: E402
 
 
 def main() -> None:
-    parser = command_line.make_parser(__doc__)
+    parser = final.make_parser(__doc__, final.SEEDS)
     parser.add_argument("--search", action="store_true", help="search options")
     parser.add_argument("--choose", action="store_true", help="write down the best options")
     parser.add_argument("--page", action="store_true", help="write the page alone")
-    parser.add_argument("--nets", nargs="+", choices=search.CONFIGS, default=["mlp", "lenet"])
     parser.add_argument("--defenses", nargs="+", choices=search.DEFENSES, default=search.DEFENSES)
     parser.add_argument("--trials", type=command_line.positive, default=search.NUM_TRIALS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(page.SEEDS))
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
-    parser.add_argument("--results", type=pathlib.Path, default=search.RESULTS)
     parser.add_argument("--exact_subset", type=pathlib.Path)
-    parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     where = (arguments.workdir, arguments.results, arguments.data_dir)

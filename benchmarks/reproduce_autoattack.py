@@ -30,16 +30,12 @@ from dd_jax.experiment.measuring import measure_state  # noqa: E402
 MNIST, CIFAR_10 = (("l2", 1.5), ("linf", 0.1)), (("l2", 0.5), ("linf", 8 / 255))
 BALLS = {"mlp": MNIST, "lenet": MNIST, "convnet": CIFAR_10, "nin": CIFAR_10}
 NUM_IMAGES = 1000
+SEEDS = (0,)  # It takes minutes for a net.
 
 
 def main() -> None:
-    parser = command_line.make_parser(__doc__)
-    parser.add_argument("--nets", nargs="+", choices=search.CONFIGS, default=["mlp", "lenet"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = final.make_parser(__doc__, SEEDS)
     parser.add_argument("--num_images", type=command_line.positive, default=NUM_IMAGES)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
-    parser.add_argument("--results", type=pathlib.Path, default=search.RESULTS)
-    parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
     arguments = parser.parse_args()
     for net in arguments.nets:
         for norm, epsilon in BALLS[net]:

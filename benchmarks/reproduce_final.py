@@ -8,6 +8,7 @@ DeepFool, FGSM, PGD, PASS, and C&W on the first CARLINI_WAGNER_IMAGES. A line th
 again; a run that was stopped goes on from its latest checkpoint.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks.reproduce_search import (
     BEGINS_AS,
+    CONFIGS,
     DEFENSES,
     MEASURED,
     RESULTS,
@@ -37,13 +39,14 @@ from benchmarks.reproduce_search import (
     read_config,
     read_lines,
 )
-from dd_jax.experiment import build, comparison, configuration, plans, runs
+from dd_jax.experiment import build, command_line, comparison, configuration, plans, runs
 from dd_jax.experiment.build import Run
 from dd_jax.experiment.measuring import measure_state
 from dd_jax.experiment.reporting import add_to_report, make_report
 from dd_jax.results.report import DEFENDED, REFERENCE, has_figures, read_report
 from dd_jax.training import TrainState
 
+SEEDS = (0, 1, 2)
 CARLINI_WAGNER_IMAGES = 1_000
 OVERRIDES = (
     f"evaluation.carlini_wagner_examples={CARLINI_WAGNER_IMAGES}",
@@ -100,6 +103,17 @@ def opened(
     if first is None:
         return build.open_run(where, data_dir, overrides)
     return build.open_run_like(first, where, overrides)
+
+
+def make_parser(doc: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """The arguments that the scripts about final nets share, with the seeds that are the default."""
+    parser = command_line.make_parser(doc)
+    parser.add_argument("--nets", nargs="+", choices=CONFIGS, default=["mlp", "lenet"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
+    return parser
 
 
 class Finals:

@@ -7,7 +7,9 @@ Each net of benchmarks/reproduction/results_NET.jsonl whose run directory is in 
 to foolbox as a JAXModel, and to dd_jax. Both attack the same first --num_images test images away from the
 predicted class, PGD away from the label. What fooled is asked of the net in a plain forward pass. Sizes are
 means over the images that both fool. Lines go to judges_NET.jsonl, those that are there are not measured
-again; the page shows them: ours and theirs within 2 % in size and 0.5 points in accuracy, or not.
+again; the page shows them: ours and theirs within 2 % in size and 0.5 points in accuracy, or not. Where the
+sizes of DDN differ, it runs again on the logits divided by SOFTER, which leaves the classes as they are: in
+float32 the gradient of cross-entropy vanishes where one logit is far ahead.
 
 foolbox is no dependency of dd_jax: `pip install foolbox` (3.3.4 was used). Its bounds are two numbers. For
 C&W and DDN, whose perturbed images stay within the range of pixels, it therefore gets images in [0, 1] and
@@ -52,6 +54,7 @@ WEIGHTS = "weights.npz"
 WIDE = 1e3  # Of bounds that bind nothing.
 NUM_IMAGES = 500
 SIZE, ACCURACY = 0.02, 0.005  # What the two libraries may differ by.
+SOFTER = 5.0
 CLASSES, DEEPFOOL_STEPS, DDN_STEPS = 10, 50, 100
 CARLINI_WAGNER_STEPS, CARLINI_WAGNER_RUNS = 200, 5  # Ours.
 # foolbox's starts far from the boundary and does not scale its steps: it needs more.
@@ -74,14 +77,9 @@ class Problem(NamedTuple):
 
 
 def main() -> None:
-    parser = command_line.make_parser(__doc__)
-    parser.add_argument("--nets", nargs="+", choices=search.CONFIGS, default=["mlp", "lenet"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = final.make_parser(__doc__, final.SEEDS)
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--num_images", type=command_line.positive, default=NUM_IMAGES)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
-    parser.add_argument("--results", type=pathlib.Path, default=search.RESULTS)
-    parser.add_argument("--data_dir", help="where TFDS keeps its data sets")
     arguments = parser.parse_args()
     if foolbox is None:
         raise ConfigurationError(
@@ -108,6 +106,9 @@ def judge_net(net: str, arguments: Any) -> None:
         problem = make_problem(run, exported(run, stage), arguments.num_images)
         for name in missing:
             found = key | {"attack": name} | compared(problem, *ATTACKS[name])
+            if name == "DDN" and not found["agrees"]:
+                softer = compared(softened(problem), *ATTACKS[name])
+                found["softer"] = {k: softer[k] for k in ("dd_jax", "foolbox")} | {"by": SOFTER}
             search.append_line(path, found)
             command_line.say(
                 f"{net} {key['seed']} {key['defense']} {name}: {found['dd_jax']:.4f}, foolbox "
@@ -139,6 +140,11 @@ def make_problem(run: Run, weights: pathlib.Path, num_images: int) -> Problem:
     names = ("pgd_epsilon", "pgd_step_size", "pgd_num_steps")
     attack = {name: getattr(settings, name) for name in names}
     return Problem(logits_fn, inputs, labels, logits_fn(inputs).argmax(axis=1), shift, **attack)
+
+
+def softened(problem: Problem) -> Problem:
+    """The same net with its logits divided by SOFTER."""
+    return problem._replace(logits_fn=lambda x: problem.logits_fn(x) / SOFTER)
 
 
 def compared(problem: Problem, figure: str, ours: Callable, theirs: Callable) -> dict[str, Any]:

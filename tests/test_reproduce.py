@@ -255,16 +255,24 @@ def test_a_net_without_trials_has_what_the_other_net_on_the_same_data_chose(tmp_
 
 def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_it():
     def line(attack, ours, theirs):
-        shared = {"defense": "clean", "seed": 0, "figure": "l2", "version": "1"}
+        shared = {"defense": "clean", "seed": 0, "figure": "l2", "version": "1", "images": 200}
         agrees = abs(theirs / ours - 1) <= 0.02
         return shared | {"attack": attack, "dd_jax": ours, "foolbox": theirs, "agrees": agrees}
 
     lines = [line("DDN", 1.0, 1.0), line("C&W", 1.0, 1.05), line("DeepFool", 1.0, 1.019)]
     text, table, reason = page.judges_table(lines)
-    assert "| clean | 0 | C&W | l2 | 1.0000 | 1.0500 | +5.00% | **no** |" in table
+    assert "| clean | 0 | C&W | 200 | l2 | 1.0000 | 1.0500 | +5.00% | **no** |" in table
     assert (
         "foolbox's is 5.0% longer than dd_jax's, and 5.0% longer than what foolbox's own" in reason
     )
     # Shorter than ours: theirs is the better attack, and no such reason is given.
     assert page.reasons([lines[0], line("C&W", 1.0, 0.9)]) == []
     assert page.judges_table([]) == []
+    # Of several lines about a net and an attack the one of the most images, of a final net alone.
+    finals = [{"seed": 0, "defense": "clean", "settings": {}}]
+    few = [each | {"settings": {}} for each in lines]
+    more, other = few[0] | {"images": 500}, few[1] | {"settings": {"a": 1}}
+    kept = page.of_most_images([more, *few, other], finals)
+    assert kept == [few[1], more, few[2]]
+    softer = line("DDN", 1.0, 1.1) | {"softer": {"dd_jax": 0.9, "foolbox": 0.9, "by": 5.0}}
+    assert "divided by 5, which changes no class, dd_jax's is 0.9000" in page.reasons([softer])[0]
