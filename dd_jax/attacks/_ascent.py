@@ -2,6 +2,7 @@
 `dd_jax.attacks._gradient_sign`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dd_jax.attacks._queue import next_rows, plan_turns
+from dd_jax.attacks._queue import plan_turns, work_off
 from dd_jax.norms import Bounds, Norm, per_example, project, sample_in_ball, stay_within
 from dd_jax.norms import steepest_direction as steepest
 from dd_jax.types import RandomKeys
@@ -64,18 +65,14 @@ def ascend(traces: Traces, problem: Problem, rules: Rules, start: Ascent) -> Asc
     apply_fn, closure, turns = plan_turns(traces, len(problem.inputs))
     closure = jax.tree.map(lax.stop_gradient, closure)
 
-    def turn(state: Ascent) -> Ascent:
-        num_left = jnp.where(state.active, rules.num_steps - state.num_steps, 0)
-        rows, to = next_rows(num_left, turns.num_rows)
-        part, before = jax.tree.map(lambda x: x[rows], (problem, state))
-        after = _take_step(apply_fn, closure, part, before, rules)
-        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), state, after)
-
-    return lax.while_loop(lambda state: jnp.any(state.active), turn, start)
+    turns = turns if rules.early_stop else turns.of_one_size()
+    step = partial(_take_step, apply_fn, closure, rules)
+    left = lambda state: jnp.where(state.active, rules.num_steps - state.num_steps, 0)
+    return work_off(step, problem, start, turns, left)
 
 
 def _take_step(
-    apply_fn: ApplyFn, closure: Closure, part: Problem, before: Ascent, rules: Rules
+    apply_fn: ApplyFn, closure: Closure, rules: Rules, part: Problem, before: Ascent
 ) -> Ascent:
     """One step for some rows; with early_stop, none where the iterate is misclassified."""
     inputs, labels, epsilon, step_size = part

@@ -40,6 +40,7 @@ from dd_jax.attacks._auto_pgd_schedule import Schedule, make_schedule
 from dd_jax.attacks._hyperplane import largest_threshold
 from dd_jax.attacks._losses import Loss, LossFn, loss_fn_for
 from dd_jax.attacks._minimum_norm import fools_at
+from dd_jax.attacks._queue import work_off
 from dd_jax.attacks._restarts import (
     Found,
     Net,
@@ -51,7 +52,6 @@ from dd_jax.attacks._restarts import (
     random_point,
     target_now,
     where_rows,
-    work_off,
 )
 from dd_jax.norms import (
     Bounds,

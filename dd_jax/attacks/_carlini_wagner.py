@@ -40,7 +40,7 @@ from dd_jax.attacks._carlini_wagner_problem import (
     leads_of,
     make_problem,
 )
-from dd_jax.attacks._queue import next_rows, plan_turns
+from dd_jax.attacks._queue import plan_turns, work_off
 from dd_jax.norms import Bounds, lp_norm, per_example, stay_within
 from dd_jax.types import AttackResult, LogitsFn
 from dd_jax.xla.closure_convert import ApplyFn, Closure, Traces
@@ -201,15 +201,15 @@ def _smallest_found(
     closure = jax.tree.map(lax.stop_gradient, closure)
     num_runs, num_steps = settings.num_binary_search_steps, settings.num_steps
 
-    def turn(state: Attack) -> Attack:
-        num_left = (num_runs - state.num_runs) * num_steps - state.run.num_steps
-        rows, to = next_rows(jnp.where(right, num_left, 0), turns.num_rows)
-        part, before = jax.tree.map(lambda x: x[rows], (problem, state))
-        after = end_run(take_step(apply_fn, closure, part, before, settings), part, settings)
-        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), state, after)
+    def step(part: Problem, before: Attack) -> Attack:
+        return end_run(take_step(apply_fn, closure, part, before, settings), part, settings)
 
-    is_running = lambda state: jnp.any(right & (state.num_runs < num_runs))
-    return lax.while_loop(is_running, turn, first_state(problem, settings)).best
+    def left(state: Attack) -> Int[Array, " batch"]:
+        count = (num_runs - state.num_runs) * num_steps - state.run.num_steps
+        return jnp.where(right, count, 0)
+
+    start = first_state(problem, settings)
+    return work_off(step, problem, start, turns.of_one_size(), left).best
 
 
 def first_state(problem: Problem, settings: Settings) -> Attack:

@@ -28,6 +28,7 @@ from dd_jax.attacks._arguments import SizeOrSizes
 from dd_jax.attacks._hyperplane import step_to_hyperplane
 from dd_jax.attacks._losses import difference_to_target
 from dd_jax.attacks._minimum_norm import Smallest, fools_at, nothing_yet, smaller_of
+from dd_jax.attacks._queue import work_off
 from dd_jax.attacks._restarts import (
     Found,
     Net,
@@ -38,7 +39,6 @@ from dd_jax.attacks._restarts import (
     random_point,
     target_now,
     where_rows,
-    work_off,
 )
 from dd_jax.norms import Bounds, LpNorm, dual_norm, lp_norm, per_example, stay_within
 from dd_jax.types import AttackResult, LogitsFn, RandomKeys

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dd_jax.attacks._carlini_wagner_problem import leads_of
-from dd_jax.attacks._queue import next_rows, plan_turns
+from dd_jax.attacks._queue import plan_turns, work_off
 from dd_jax.norms import Bounds, LpNorm, lp_norm, per_example, stay_within, steepest_direction
 from dd_jax.types import AttackResult, LogitsFn, Scalar
 from dd_jax.xla.closure_convert import Traces
@@ -164,23 +164,16 @@ def take_steps(
     apply_fn, closure, turns = plan_turns(traces, len(problem.inputs))
     closure = jax.tree.map(lax.stop_gradient, closure)
 
-    net = partial(apply_fn, closure)
-
-    def turn(path: Path) -> Path:
-        rows, to = next_rows(jnp.where(right, num_steps - path.num_steps, 0), turns.num_rows)
-        part, before = jax.tree.map(lambda x: x[rows], (problem, path))
-        after = move_on(net, part, before, loss_fn, step_fn, norm)
-        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), path, after)
-
+    step = partial(move_on, partial(apply_fn, closure), loss_fn, step_fn, norm)
+    left = lambda path: jnp.where(right, num_steps - path.num_steps, 0)
     zeros, none = jnp.zeros_like(problem.inputs), jnp.zeros_like(problem.labels)
     start = Path(zeros, start_radius, nothing_yet(problem.inputs), none)
-    goes_on = lambda path: jnp.any(right & (path.num_steps < num_steps))
-    path = lax.while_loop(goes_on, turn, start)
+    path = work_off(step, problem, start, turns.of_one_size(), left)
     return as_result(traces, problem, right, path.smallest, path.perturbation, num_steps)
 
 
 def move_on(
-    net: LogitsFn, part: Problem, before: Path, loss_fn: LossFn, step_fn: StepFn, norm: LpNorm
+    net: LogitsFn, loss_fn: LossFn, step_fn: StepFn, norm: LpNorm, part: Problem, before: Path
 ) -> Path:
     """One step of some examples."""
     view = look(net, part.inputs + before.perturbation, part.labels, loss_fn)

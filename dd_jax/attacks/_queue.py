@@ -43,6 +43,12 @@ class Turns(NamedTuple):
     num_rows: int
     num_last_rows: int
 
+    def of_one_size(self) -> "Turns":
+        """The same without the last turn, where all examples take equally many steps: it would
+        only be another program to compile.
+        """
+        return Turns(self.num_rows, self.num_rows)
+
 
 def plan_turns(
     traces: Traces, batch: int, rewrite: bool | None = None
@@ -59,6 +65,26 @@ def plan_turns(
         last_rows = num_rows
     turns = Turns(num_rows, last_rows)
     return *closure_convert(traces, *turns, rewrite=rewrite), turns
+
+
+def work_off(
+    take_step: Callable[[Any, Any], Any],
+    problem: Any,
+    state: Any,
+    turns: Turns,
+    left: Callable[[Any], Int[Array, " batch"]],
+) -> Any:
+    """Takes steps, `take_step(rows of the problem, rows of the state) -> rows of the state`, until
+    nothing is left; `left(state)` is how many steps each example may still take.
+    """
+
+    def turn(state: Any, num_rows: int) -> Any:
+        rows, to = next_rows(left(state), num_rows)
+        part, before = jax.tree.map(lambda x: x[rows], (problem, state))
+        after = take_step(part, before)
+        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), state, after)
+
+    return run_turns(turn, lambda state: jnp.sum(left(state) > 0), state, turns)
 
 
 def run_turns(

@@ -22,7 +22,7 @@ from dd_jax.attacks._arguments import (
     one_per_example,
     trace,
 )
-from dd_jax.attacks._queue import Turns, next_rows, plan_turns, run_turns
+from dd_jax.attacks._queue import Turns, plan_turns
 from dd_jax.norms import (
     LP_NORMS,
     Bounds,
@@ -239,23 +239,3 @@ def where_rows(
     """new where the condition holds for the row, old elsewhere."""
     num_axes = max(jnp.ndim(new), jnp.ndim(old))
     return jnp.where(condition.reshape(condition.shape + (1,) * (num_axes - 1)), new, old)
-
-
-def work_off(
-    turn: Callable[[Problem, Any], Any],
-    problem: Problem,
-    path: Any,
-    turns: Turns,
-    left: Callable[[Any], Int[Array, " batch"]],
-) -> Any:
-    """Takes turns, `turn(part of the problem, part of the path) -> part of the path`, until nothing
-    is left; `left(path)` is how many steps each example may still take.
-    """
-
-    def on_rows(path: Any, num_rows: int) -> Any:
-        rows, to = next_rows(left(path), num_rows)
-        part, before = jax.tree.map(lambda x: x[rows], (problem, path))
-        after = turn(part, before)
-        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), path, after)
-
-    return run_turns(on_rows, lambda path: jnp.sum(left(path) > 0), path, turns)

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dd_jax.attacks._arguments import SizeOrSizes
 from dd_jax.attacks._minimum_norm import fools_at, rival_difference
+from dd_jax.attacks._queue import work_off
 from dd_jax.attacks._restarts import (
     Found,
     Net,
@@ -40,7 +41,6 @@ from dd_jax.attacks._restarts import (
     on_sphere,
     prepare,
     where_rows,
-    work_off,
 )
 from dd_jax.attacks._square_windows import (
     Layout,

@@ -14,7 +14,6 @@ bisection as far as they fool, and the smaller one is the result. (The paper's c
 last one alone.)
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ from dd_jax.attacks._minimum_norm import (
     rival_difference,
     smaller_of,
 )
-from dd_jax.attacks._queue import next_rows, plan_turns, run_turns
+from dd_jax.attacks._queue import plan_turns, work_off
 from dd_jax.norms import Bounds, check_bounds, lp_norm, per_example, stay_within, steepest_direction
 from dd_jax.types import AttackResult, LogitsFn
 from dd_jax.xla.closure_convert import ApplyFn, Closure, Traces, closure_convert
@@ -142,15 +141,11 @@ def search(
     zeros, nothing = jnp.zeros_like(problem.inputs), nothing_yet(problem.inputs)
     start = Walk(zeros, zeros, nobody, nothing, nothing, none, right)
 
-    def turn(walk: Walk, num_rows: int) -> Walk:
-        num_left = jnp.where(walk.active, options.num_steps - walk.num_steps, 0)
-        rows, to = next_rows(num_left, num_rows)
-        part, others, before = jax.tree.map(lambda x: x[rows], (problem, candidates, walk))
-        step = partial(take_step, apply_fn, closure, options=options, bounds=bounds)
-        after = step(part, others, before)
-        return jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), walk, after)
+    def step(part: tuple[Problem, Array], before: Walk) -> Walk:
+        return take_step(apply_fn, closure, *part, before, options=options, bounds=bounds)
 
-    return run_turns(turn, lambda walk: jnp.sum(walk.active), start, turns)
+    left = lambda walk: jnp.where(walk.active, options.num_steps - walk.num_steps, 0)
+    return work_off(step, (problem, candidates), start, turns, left)
 
 
 def take_step(
