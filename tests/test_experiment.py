@@ -372,6 +372,24 @@ def test_every_defense_starts_from_the_same_reference(finished, tmp_path, steps_
     ]
 
 
+def test_a_run_takes_the_inputs_that_its_reference_was_trained_on(tmp_path):
+    mean = "data.preprocessing=mean_image"
+    run(tmp_path / "first", mean, "fine_tuning.num_epochs=0")
+    source = f"reference.source={tmp_path / 'first'}"
+    theirs = built(tmp_path / "first", mean).preprocessing.mean_image
+    fewer = ("data.train_limit=100", source)
+    np.testing.assert_array_equal(
+        built(tmp_path / "second", mean, *fewer).preprocessing.mean_image, theirs
+    )
+    alone = built(tmp_path / "third", mean, "data.train_limit=100").preprocessing.mean_image
+    assert np.abs(alone - theirs).max() > 1
+    # Another input space is refused with the reference, as before.
+    other = built(tmp_path / "fourth", "data.preprocessing=none", source)
+    assert other.preprocessing.name == "none"
+    with pytest.raises(ConfigurationError, match="is of mlp on digits"):
+        other.load_reference()
+
+
 def torch_arrays():
     with np.load(TESTS / "golden/mlp.npz") as arrays:
         return {

@@ -33,6 +33,10 @@ Weights = tuple[Any, Any]
 """Parameters and batch statistics, empty for nets without batch normalization."""
 
 
+FITTED = "preprocessing.npz"
+"""The file of the fitted preprocessing in a run directory."""
+
+
 class Run(NamedTuple):
     """All that a run works with.
 
@@ -65,9 +69,7 @@ def build_run(config: ConfigDict, workdir: pathlib.Path, *, like: Run | None = N
             "tensorboard is true, but tensorboardX is missing: pip install 'dd_jax[tensorboard]'."
         )
     if like is None:
-        saved = workdir / "preprocessing.npz"
-        fitted = _fitted(saved) if saved.exists() else None
-        feed, preprocessing = open_inputs(config, fitted)
+        feed, preprocessing = open_inputs(config, _fitted_before(config, workdir))
         model = models.create(config.model.name, num_classes=feed.num_classes)
         evaluator = make_evaluator(config, model, feed, preprocessing)
     else:
@@ -83,6 +85,19 @@ def build_run(config: ConfigDict, workdir: pathlib.Path, *, like: Run | None = N
     facts, source = make_facts(config, feed, preprocessing), path if is_run else None
     shared = (model, feed, preprocessing, evaluator, stages)
     return Run(workdir, facts, *shared, source, load_reference)
+
+
+def _fitted_before(config: ConfigDict, workdir: pathlib.Path) -> Preprocessing | None:
+    """The preprocessing of the run directory; of a new one, that of the run that its reference net
+    comes from, which was trained on such inputs, also if on more images than this run has.
+    """
+    if (saved := workdir / FITTED).exists():
+        return _fitted(saved)
+    source = pathlib.Path(config.reference.source)
+    if config.reference.source and (source / FITTED).exists():
+        space = lambda c: (c.data.name, preprocessing_name(c))
+        return _fitted(source / FITTED) if space(load(source)) == space(config) else None
+    return None
 
 
 def _fitted(path: pathlib.Path) -> Preprocessing:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dd_jax import parallel, training
 from dd_jax.evaluation import Summary
-from dd_jax.experiment.build import Run
+from dd_jax.experiment.build import FITTED, Run
 from dd_jax.experiment.measuring import measure_state
 from dd_jax.experiment.reporting import add_to_report, make_report
 from dd_jax.results.report import (
@@ -48,7 +48,7 @@ def reference_state(run: Run) -> TrainState:
     """The reference net: restored from the run directory or from what the configuration names, else
     trained.
     """
-    file, plan = run.workdir / "preprocessing.npz", run.stages[REFERENCE]
+    file, plan = run.workdir / FITTED, run.stages[REFERENCE]
     if parallel.is_primary() and not file.exists():
         run.preprocessing.save(file)
     if run.load_reference is None or latest_step(run.workdir, REFERENCE) is not None:
