@@ -2,13 +2,19 @@
 
     python train.py --config configs/mnist_lenet.py --data_dir DIR
 
-An hour on 2 CPU cores with much other work beside (jax 0.10.2,
-XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, seed 0, 10,000 test images, l_2 in units of
-1/255; in brackets: the paper's):
+Four minutes for the reference net and 34 for Deep Defense on one CPU core (jax 0.10.2,
+XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, seed 0, 10,000 test images, C&W the first 1,000,
+units of 1/255; for the last four `python evaluate.py --workdir runs/mnist_lenet
+--config.evaluation.carlini_wagner_examples=1000`; in brackets: the paper's):
 
-                  accuracy   rho_2            l_2  DeepFool success
-    reference       99.24%  0.2104  1.520 (1.480)           100.00%
-    deep_defense    99.12%  0.3068  2.214 (2.050)           100.00%
+                  accuracy   rho_2            l_2          rho_inf        l_2 C&W           acc. PGD             PASS
+    reference       99.18%  0.2096  1.514 (1.480)  0.1193 (0.1290)  1.488 (1.400)  25.23% (26.17%)  0.8256 (0.9074)
+    deep_defense    99.19%  0.3924  2.819 (2.050)  0.2539 (0.2360)  2.275 (1.840)  85.82% (64.54%)  0.7440 (0.8760)
+
+DeepFool and C&W fooled both nets on all images, FGSM the reference on 99.99% and Deep Defense's on
+99.67%, by the forward pass that checks them. The options are those that were chosen for the MLP, tried
+once on held-out training images of LeNet's; benchmarks/reproduction/ has that trial and more seeds.
+With rate 1e-3, 5 epochs, lambda 15 and c 15 it was 99.12%, l_2 2.214.
 """
 
 from configs import mnist_mlp
@@ -17,11 +23,4 @@ from configs import mnist_mlp
 def get_config():
     config = mnist_mlp.get_config()
     config.model.name = "lenet"
-    # What the figures above were measured with; MLP's own were searched for, these were not yet.
-    config.fine_tuning.num_epochs = 5
-    config.fine_tuning.learning_rate = 1e-3
-    config.fine_tuning.schedule = "halved_at_four_fifths"
-    config.fine_tuning.max_gradient_norm = 0.0
-    config.defense.penalty_weight = 15.0
-    config.defense.correct_scale = 15.0
     return config
