@@ -344,7 +344,7 @@ def judges_table(lines: Sequence[Line]) -> list[str]:
 
 
 def reasons(lines: Sequence[Line]) -> list[str]:
-    """Why sizes differ, where the lines show it: DDN's equal each other on softer logits, or an
+    """Why figures differ, where the lines show it: they equal each other on softer logits, or an
     attack's perturbations are longer than the same library's DDN finds and short of the minimum.
     """
     sizes = {(line["defense"], line["seed"], line["attack"]): line["foolbox"] for line in lines}
@@ -354,7 +354,7 @@ def reasons(lines: Sequence[Line]) -> list[str]:
         longer = line["foolbox"] > line["dd_jax"] and line["figure"] == "l2"
         if softer := line.get("softer"):
             said.append(
-                f"DDN on {line['defense']}, seed {line['seed']}: with the logits divided by "
+                f"{line['attack']} on {line['defense']}, seed {line['seed']}: with the logits divided by "
                 f"{softer['by']:g}, which changes no class, dd_jax's is {softer['dd_jax']:.4f} and "
                 f"foolbox's {softer['foolbox']:.4f}: this net's logits are so large that the "
                 "gradient of cross-entropy vanishes in float32."
