@@ -65,13 +65,14 @@ def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
     chosen = {}
     for defense in DEFENSES:
         trials = [line for line in lines if line["defense"] == defense]
-        names = ("settings", "trial", "figures")
         if trials:
             best = choose(trials, reference)
+            names = ("settings", "trial", "figures")
             chosen[defense] = {name: best[name] for name in names} | {"num_trials": len(trials)}
         elif net in BEGINS_AS:
-            values = (beginnings(net, defense, results)[0], None, None)
-            chosen[defense] = dict(zip(names, values, strict=True)) | {"num_trials": 0}
+            (settings,) = beginnings(net, defense, results)
+            untried = {"trial": None, "figures": None, "num_trials": 0}
+            chosen[defense] = {"settings": settings} | untried
     content = {"net": net, "data": lines[0]["data"], "reference": reference, "defenses": chosen}
     (results / f"chosen_{net}.json").write_text(json.dumps(content, indent=1) + "\n")
     return content

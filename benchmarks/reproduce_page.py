@@ -381,8 +381,9 @@ Written by `python -m benchmarks.reproduce --page` from the lines of results in 
     python -m benchmarks.reproduce_judges --nets mlp lenet --seeds 0 1 2 --data_dir DIR
     python -m benchmarks.reproduce_autoattack --nets mlp lenet --seeds 0 --data_dir DIR
 
-Each command goes on where it was stopped. The options of every defense were chosen on held-out training
-images; the last section names defenses that had fewer trials. Test images were seen by the final runs alone.
+Each command goes on where it was stopped. Options were chosen on held-out training images. LeNet's
+defenses without trials of their own have what was chosen for the MLP; the last section names those that had
+fewer trials. Test images were seen by the final runs alone.
 Among trials whose accuracy is not below the reference's, the one of the greatest gain was chosen: the
 geometric mean of l_2 (DeepFool) and rho_inf (FGS), relative to the reference's. Where there is none, a point
 of accuracy below the reference's counts as much as a gain of 1."""

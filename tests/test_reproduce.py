@@ -14,6 +14,7 @@ from benchmarks import reproduce_autoattack as autoattack
 from benchmarks import reproduce_final as final
 from benchmarks import reproduce_page as page
 from benchmarks import reproduce_search as search
+from configs import default, mnist_mlp
 from dd_jax.experiment import build, configuration
 from dd_jax.experiment.configuration import ConfigurationError
 
@@ -136,9 +137,11 @@ def test_a_search_goes_on_and_measures_on_held_out_images(searched):
 
 def test_a_run_does_not_depend_on_what_the_nets_file_chose_for_its_own_defense():
     # Or a reference that was trained before the choice could not be used after it.
-    mlp = search.read_config("mlp", "clean", {}, None)
-    lenet = search.read_config("lenet", "clean", {}, None)
-    assert mlp.fine_tuning == lenet.fine_tuning and mlp.defense == lenet.defense
+    searched = {name for space in search.SPACES.values() for name in space}
+    values = lambda config: {name: configuration.flatten(config)[name] for name in searched}
+    theirs, defaults = values(mnist_mlp.get_config()), values(default.get_config())
+    for net in ("mlp", "lenet"):
+        assert values(search.read_config(net, "clean", {}, None)) == defaults != theirs
     own = search.read_config("mlp", "clean", {"fine_tuning.num_epochs": 20}, None)
     assert own.fine_tuning.num_epochs == 20
 
