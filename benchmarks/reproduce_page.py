@@ -352,7 +352,8 @@ def reasons(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         least = sizes.get((line["defense"], line["seed"], "DDN"))
         longer = line["foolbox"] > line["dd_jax"] and line["figure"] == "l2"
-        if softer := line.get("softer"):
+        softer = line.get("softer")
+        if softer and softer["agrees"]:
             said.append(
                 f"{line['attack']} on {line['defense']}, seed {line['seed']}: with the logits divided by "
                 f"{softer['by']:g}, which changes no class, dd_jax's is {softer['dd_jax']:.4f} and "

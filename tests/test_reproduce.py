@@ -277,5 +277,9 @@ def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_i
     more, other = few[0] | {"images": 500}, few[1] | {"settings": {"a": 1}}
     kept = page.of_most_images([more, *few, other], finals)
     assert kept == [few[1], more, few[2]]
-    softer = line("DDN", 1.0, 1.1) | {"softer": {"dd_jax": 0.9, "foolbox": 0.9, "by": 5.0}}
+    softer = line("DDN", 1.0, 1.1) | {
+        "softer": {"dd_jax": 0.9, "foolbox": 0.9, "agrees": True, "by": 5.0}
+    }
     assert "divided by 5, which changes no class, dd_jax's is 0.9000" in page.reasons([softer])[0]
+    softer["softer"]["agrees"] = False  # Then large logits are not the reason.
+    assert not any("divided by" in reason for reason in page.reasons([softer]))
