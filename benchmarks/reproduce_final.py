@@ -10,14 +10,11 @@ again; a run that was stopped goes on from its latest checkpoint.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks.reproduce_search import (
@@ -35,6 +32,7 @@ from benchmarks.reproduce_search import (
     beginnings,
     choose,
     digest,
+    machine,
     read_choice,
     read_config,
     read_lines,
@@ -59,21 +57,27 @@ JPEG_COPY = "CIFAR-10 (JPEG copy)"
 def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
     """Chooses from the search's trials and writes chosen_NET.json; returns what it holds. A defense
     without trials has what another net chose, where the search would begin with that.
+
+    A file of a net without a search is written by hand: "note" says how its options were found,
+    "data" and "reference" are null.
     """
     lines = read_lines(results / f"search_{net}.jsonl")
-    reference = next(line for line in lines if line["defense"] == REFERENCE)["figures"]
+    if not lines:
+        raise ValueError(f"There are no trials of {net} to choose from: run --search --nets {net}.")
+    reference = next(line for line in lines if line["defense"] == REFERENCE)
     chosen = {}
     for defense in DEFENSES:
         trials = [line for line in lines if line["defense"] == defense]
         if trials:
-            best = choose(trials, reference)
+            best = choose(trials, reference["figures"])
             names = ("settings", "trial", "figures")
             chosen[defense] = {name: best[name] for name in names} | {"num_trials": len(trials)}
         elif net in BEGINS_AS:
             (settings,) = beginnings(net, defense, results)
             untried = {"trial": None, "figures": None, "num_trials": 0}
             chosen[defense] = {"settings": settings} | untried
-    content = {"net": net, "data": lines[0]["data"], "reference": reference, "defenses": chosen}
+    content = {"net": net, "data": reference["data"], "reference": reference["figures"]}
+    content["defenses"] = chosen
     (results / f"chosen_{net}.json").write_text(json.dumps(content, indent=1) + "\n")
     return content
 
@@ -214,19 +218,23 @@ def measured_on(run: Run, state: TrainState, path: pathlib.Path) -> dict[str, An
 
 def facts(run: Run) -> dict[str, Any]:
     """What the figures of a run were taken with."""
-    stands = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(stands, capture_output=True, text=True, check=False).stdout.strip()
-    device = jax.devices()[0]
     return {
         "data": run.facts.data,
         "input_space": run.facts.input_space,
         "published": run.facts.published,
-        "commit": commit,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.device_kind} ({os.cpu_count()} cores)",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": commit(),
+        **machine(),
     }
+
+
+def commit() -> str:
+    """The commit that the program is of; "" in a copy without git's directory."""
+    stands = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(stands, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def said(figures: Mapping[str, Any]) -> str:

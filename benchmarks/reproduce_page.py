@@ -271,6 +271,8 @@ def times(by_method: Mapping[str, Sequence[Line]]) -> str:
 
 def searched(net: str, choice: Mapping[str, Any], trials: Sequence[Line]) -> str:
     """What was searched, how often, and on what."""
+    if choice["reference"] is None:
+        return f"### Options of {net}\n\nNo trials were made. {choice['note']}"
     counts = {method: of["num_trials"] for method, of in choice["defenses"].items()}
     hours = sum(line["seconds"] for line in trials) / 3600
     said = ", ".join(f"{method} {count}" for method, count in counts.items())
@@ -295,7 +297,8 @@ def chosen_table(choice: Mapping[str, Any]) -> str:
             f"{name.partition('.')[2]} {value}" for name, value in chosen["settings"].items()
         )
         if figures is None:
-            begins = f"none: {BEGINS_AS[choice['net']]}'s choice"
+            of = BEGINS_AS.get(choice["net"])
+            begins = f"none: {of}'s choice" if of else "none"
             rows.append([method, begins, *("-" for _ in columns), "-", options])
             continue
         below = " (below the reference's)" * (figures["accuracy"] < reference["accuracy"])

@@ -19,12 +19,15 @@ and on nothing else.
 import hashlib
 import json
 import math
+import os
 import pathlib
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from configs import default
@@ -106,7 +109,14 @@ SPACES: dict[str, dict[str, Option]] = {
     "deep_defense": EVERYONES | _DEEP_DEFENSE,
     "deep_defense_fgsm": EVERYONES | _DEEP_DEFENSE | _FGSM,
 }
-"""What is searched, by defense. CIFAR-10's epsilons are a tenth, as its PGD's."""
+"""What is searched, by defense, on MNIST."""
+# CIFAR-10's numbers are MNIST's times these: its epsilons, as its PGD's, are a tenth, and so about
+# is rho, which the scales multiply.
+ON_CIFAR_10 = {
+    "defense.epsilon": 0.1,
+    "defense.correct_scale": 6.0,
+    "defense.wrong_scale": 6.0,
+}
 
 # Rate, epochs and schedule of the beginnings; then each defense's own options.
 _TRAININGS = (
@@ -162,9 +172,21 @@ def beginning(net: str, defense: str, number: int) -> Settings:
 
 def _scaled(net: str, settings: Settings) -> Settings:
     """The settings in the units of a net's inputs."""
-    if net in ("convnet", "nin") and "defense.epsilon" in settings:
-        return settings | {"defense.epsilon": settings["defense.epsilon"] / 10}
-    return settings
+    factors = ON_CIFAR_10 if net in ("convnet", "nin") else {}
+    scaled = {n: settings[n] * factor for n, factor in factors.items() if n in settings}
+    return settings | {name: float(f"{value:.3g}") for name, value in scaled.items()}
+
+
+def space_of(net: str, defense: str) -> dict[str, Option]:
+    """What is searched of a defense, in the units of a net's inputs."""
+    space = SPACES[defense]
+    limits = [
+        _scaled(net, {name: option.limits[k] for name, option in space.items()}) for k in (0, 1)
+    ]
+    return {
+        name: option._replace(limits=(limits[0][name], limits[1][name]))
+        for name, option in space.items()
+    }
 
 
 def beginnings(net: str, defense: str, results: pathlib.Path = RESULTS) -> list[Settings]:
@@ -176,10 +198,14 @@ def beginnings(net: str, defense: str, results: pathlib.Path = RESULTS) -> list[
 
 
 def next_settings(
-    first: Sequence[Settings], defense: str, lines: Sequence[Line], reference: Figures
+    first: Sequence[Settings],
+    defense: str,
+    lines: Sequence[Line],
+    reference: Figures,
+    space: Mapping[str, Option] | None = None,
 ) -> Settings:
     """The settings of the trial that follows those of `lines`: a beginning of `first`, or a move
-    from one of the best that repeats no earlier trial.
+    from one of the best that repeats no earlier trial. `space`: MNIST's where it is not given.
     """
     number, tried = len(lines), [line["settings"] for line in lines]
     if number < len(first):
@@ -188,7 +214,7 @@ def next_settings(
     random = np.random.default_rng((list(SPACES).index(defense), number))
     while True:
         parent = ranked[random.integers(min(NUM_PARENTS, len(ranked)))]["settings"]
-        moved = move(parent, SPACES[defense], random)
+        moved = move(parent, space or SPACES[defense], random)
         if moved not in tried:
             return moved
 
@@ -326,7 +352,8 @@ class Search:
                 lines = self.lines(defense)
                 if len(lines) <= number:
                     first = beginnings(self._net, defense, self._path.parent)
-                    settings = next_settings(first, defense, lines, reference)
+                    space = space_of(self._net, defense)
+                    settings = next_settings(first, defense, lines, reference, space)
                     line = self.trial(defense, number, settings)
                     append_line(self._path, line)
                     say(f"{self._net} {_said(line, reference)}")
@@ -378,7 +405,22 @@ class Search:
         return few | whole
 
     def _facts(self, run: Run) -> dict[str, Any]:
-        return {"data": run.facts.data, "train_images": run.feed.num_train, "seed": run.facts.seed}
+        names = {"data": run.facts.data, "train_images": run.feed.num_train, "seed": run.facts.seed}
+        return names | machine()
+
+
+def machine() -> dict[str, str]:
+    """The versions and the device that figures were taken with. precision: of the training's
+    products; figures are measured in full float32.
+    """
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.device_kind} ({os.cpu_count()} cores)",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "precision": jax.config.jax_default_matmul_precision or "JAX's default",
+    }
 
 
 class Clock:

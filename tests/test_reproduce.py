@@ -69,12 +69,12 @@ def test_the_gain_is_the_geometric_mean_of_both_norms():
     assert search.gain(figures(0.9, 2.0, 0.8), REFERENCE) == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("net", ["mlp", "lenet", "nin"])
+@pytest.mark.parametrize("net", ["mlp", "lenet", "convnet"])
 @pytest.mark.parametrize("defense", search.DEFENSES)
 def test_every_trial_is_within_its_space_and_none_is_made_twice(net, defense):
-    space, lines, first = search.SPACES[defense], [], search.beginnings(net, defense)
+    space, lines, first = search.space_of(net, defense), [], search.beginnings(net, defense)
     for number in range(12):
-        settings = search.next_settings(first, defense, lines, REFERENCE)
+        settings = search.next_settings(first, defense, lines, REFERENCE, space)
         assert settings.keys() == space.keys()
         for name, value in settings.items():
             values, (low, high) = space[name]
@@ -83,10 +83,10 @@ def test_every_trial_is_within_its_space_and_none_is_made_twice(net, defense):
         search.read_config(net, defense, settings, None)  # The configuration takes them.
         lines.append({"settings": settings, "figures": figures(0.97 + number / 1000, 1.0)})
     parents = [lines[-1]["settings"], lines[-2]["settings"]]
-    moved = search.next_settings(first, defense, lines, REFERENCE)
+    moved = search.next_settings(first, defense, lines, REFERENCE, space)
     changes = [sum(moved[name] != parent[name] for name in moved) for parent in parents]
     assert min(changes) <= search.NUM_CHANGES
-    assert moved == search.next_settings(first, defense, lines, REFERENCE), (
+    assert moved == search.next_settings(first, defense, lines, REFERENCE, space), (
         "Resumed, it is the same."
     )
 
