@@ -11,9 +11,12 @@
 # bring them along. speed.py runs in JAX's default precision, which on NVIDIA rounds the factors of products to 10 bits, and in full
 # float32; so does the authors' step (--tf32). The tests run in full float32; those that want two devices fail where there is one.
 #
+# Compilation takes most of the time (20 to 50 s for a step of Deep Defense on an H200), so that all programs are first compiled
+# at the same time, into a cache that the timings read; what they say of compilation is then the time of that reading.
+#
 # Variables: OUT (runs/accelerator), PYTHON (python3), TORCH_PYTHON (PYTHON's), DEVICE (cuda; PyTorch's name for it), NETS, BATCHES,
 # TESTS (tests; or files of it), WORKERS (6 processes of pytest, 0: one, without pytest-xdist), PERCENT (100; of the time limits).
-# Not measured on an accelerator so far: none was lent. Run on a CPU with DEVICE=cpu to see that it works.
+# Run on a CPU with DEVICE=cpu to see that it works. benchmarks/README.md has what an H200 said.
 
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -58,7 +61,7 @@ part() {
 
 say() { echo "== $*" | tee -a "$OUT/summary.log"; }
 
-rm -f "$OUT"/{summary,environment,nets,canary,speed,authors,tests}.log
+rm -f "$OUT"/{summary,environment,nets,canary,compile,speed,authors,tests}.log
 part environment 20 $PYTHON -c "
 import importlib.metadata as m, jax, platform, subprocess, sys
 print(platform.python_version(), *(f'{p} {m.version(p)}' for p in ('jax', 'jaxlib', 'flax', 'numpy')), jax.devices())
@@ -84,8 +87,20 @@ for net in $NETS; do
     part nets 40 $PYTHON benchmarks/nets.py --random --export "$WEIGHTS" --nets $NETS
     break
 done
-chosen=(--weights "$WEIGHTS" --nets $NETS ${BATCHES:+--batches $BATCHES})
-part speed 130 $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step deepfool --out "$WORK/speed.json"
+chosen=(--weights "$WEIGHTS" ${BATCHES:+--batches $BATCHES})
+export JAX_COMPILATION_CACHE_DIR=$WORK/cache
+part compile 150 bash -c '
+    for net in $2; do
+        for precision in default highest; do
+            with= parts="step deepfool"
+            [ $precision = highest ] && with=JAX_DEFAULT_MATMUL_PRECISION=highest parts=step
+            env XLA_PYTHON_CLIENT_PREALLOCATE=false $with $0 benchmarks/speed.py "${@:3}" --nets $net --parts $parts --seconds 0 \
+                --out $1/first/$net-$precision.json &
+        done
+    done
+    wait' "$PYTHON" "$WORK" "$NETS" "${chosen[@]}"
+chosen+=(--nets $NETS --seconds 2)
+part speed 120 $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step deepfool --out "$WORK/speed.json"
 part speed 80 env JAX_DEFAULT_MATMUL_PRECISION=highest \
     $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step --out "$WORK/speed_float32.json"
 for precision in "" --tf32; do
@@ -94,7 +109,7 @@ for precision in "" --tf32; do
 done
 [ "$WORKERS" = 0 ] && workers=() || workers=(-n "$WORKERS")
 part tests 180 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
-    $PYTHON -m pytest "${workers[@]}" -p no:cacheprovider --tb=line $TESTS
+    $PYTHON -m pytest "${workers[@]}" -p no:cacheprovider --tb=line -v $TESTS
 
 $PYTHON - "$WORK" >"$OUT/results.json" <<'PYTHON'
 import json, pathlib, sys

@@ -84,6 +84,7 @@ def net_section(net: str, results: pathlib.Path) -> tuple[str, dict[str, Any]]:
     if by_method:
         parts += [conditions(lines), main_table(by_method)]
         parts += successes(by_method) + targets(net, summary) + exact_table(by_method)
+        parts += earlier_table(read_lines(results / f"results_{net}.jsonl"), lines)
         parts += autoattack_table(read_lines(results / f"autoattack_{net}.jsonl"), lines)
         parts.append(times(by_method))
     trials = read_lines(results / f"search_{net}.jsonl")
@@ -163,6 +164,11 @@ def conditions(lines: Sequence[Line]) -> str:
     first = lines[0]
     several = lambda name: " and ".join(sorted({str(line[name]) for line in lines}))
     copy = f" The data is {JPEG_COPY}, not the original." if "cifar10" in first["data"] else ""
+    on_accelerator = any("cpu" not in line["device"].partition(" ")[0] for line in lines)
+    precision = (
+        " Trained in JAX's default precision, which on NVIDIA cards rounds the factors of products to "
+        "10 bits; measured in full float32."
+    ) * on_accelerator
     return (
         f"{first['data']}; trained on {first['num_train']} images, measured on all "
         f"{first['figures']['num_examples']} test images (C&W: the first "
@@ -170,6 +176,7 @@ def conditions(lines: Sequence[Line]) -> str:
         f"{first['input_space']}; sizes in units of a pixel's range of 1.{copy} Mean; least to "
         f"greatest over the seeds; in brackets: the paper's. {several('device')}, jax "
         f"{several('jax')}, Python {several('python')}, XLA_FLAGS {several('xla_flags')!r}."
+        f"{precision}"
     )
 
 
@@ -216,6 +223,20 @@ def exact_table(by_method: Mapping[str, Sequence[Line]]) -> list[str]:
     number = next(iter(with_it.values()))[0]["exact_subset"]["num_examples"]
     text = f"The same nets on the first {number} CIFAR-10 test images, bit-exact:"
     return [text, main_table(with_it, "exact_subset")]
+
+
+def earlier_table(known: Sequence[Line], finals: Sequence[Line]) -> list[str]:
+    """Nets with options that an earlier choice gave, each with these."""
+    kinds: dict[tuple[str, str], list[Line]] = {}
+    for line in known:
+        if line not in finals:
+            options = ", ".join(f"{k.partition('.')[2]} {v}" for k, v in line["settings"].items())
+            kinds.setdefault((line["defense"], options), []).append(line)
+    if not kinds:
+        return []
+    names = [f"{method} with {options}" for method, options in kinds]
+    text = "Nets with options that were chosen before; they took no part in the choice:"
+    return [text, main_table(dict(zip(names, kinds.values(), strict=True)))]
 
 
 def belonging(measured: Sequence[Line], finals: Sequence[Line]) -> list[Line]:

@@ -2,13 +2,15 @@
 
     python benchmarks/speed.py --data_dir DIR [--nets mlp lenet convnet nin]
         [--parts step deepfool growth third_party] [--weights DIR] [--batches 20 100] [--out FILE]
+        [--seconds 4]
 
 Every net is first trained briefly on real data (kept in --workdir, so that a second run starts at
 once): the numbers of DeepFool steps are then those of training. With --weights they are read from
 DIR/NAME.npz (PyTorch-named arrays) instead, and without --data_dir so are the images, as
 benchmarks/nets.py writes them. Each net is measured in a process of its own, so that its peak
 memory is its own. Prints tables and writes everything as JSON, with device and versions. foolbox is
-optional: `pip install foolbox`. A flag that XLA_FLAGS holds already stays as it is.
+optional: `pip install foolbox`. A flag that XLA_FLAGS holds already stays as it is. Each call is timed
+for --seconds. Where JAX has a compilation cache, "compiled in" is the time of a second run's reading.
 benchmarks/authors.py measures the authors' step on the same nets.
 
 The floor is (K + 8) F per DeepFool step taken, F being the operations of one forward pass and K the
@@ -54,9 +56,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "foolbox")
 
 
 def measure_step(
-    apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Array, rate: float
+    apply_fn: Net, params: Any, inputs: jax.Array, labels: jax.Array, rate: float, length: float
 ) -> dict[str, Any]:
-    """The training step (loss and gradient), beside a plain cross-entropy step and the floor."""
+    """The training step (loss and gradient), beside a plain cross-entropy step and the floor; each
+    is timed for `length` seconds.
+    """
     batch = inputs.shape[0]
 
     def deep_defense(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,14 +77,15 @@ def measure_step(
     )
     plain_step, _ = compiled(jax.value_and_grad(plain), params, inputs, labels)
     (loss, num_steps), _ = step(params, inputs, labels)
-    seconds = timed(lambda: step(params, inputs, labels))
+    seconds = timed(lambda: step(params, inputs, labels), seconds=length)
+    plain_seconds = timed(lambda: plain_step(params, inputs, labels), seconds=length)
     forward = operations(apply_fn, params, inputs)
     classes = jax.eval_shape(apply_fn, params, inputs).shape[1]
     return {
         "batch": batch,
         "seconds": seconds,
         "images_per_second": batch / seconds,
-        "plain_steps": seconds / timed(lambda: plain_step(params, inputs, labels)),
+        "plain_steps": seconds / plain_seconds,
         "loss": float(loss),
         "deepfool_steps": float(num_steps),
         "forward_megaflops_per_image": forward / batch / 1e6,
@@ -91,7 +96,9 @@ def measure_step(
     }
 
 
-def measure_deepfool(apply_fn: Net, params: Any, inputs: jax.Array) -> list[dict[str, Any]]:
+def measure_deepfool(
+    apply_fn: Net, params: Any, inputs: jax.Array, length: float
+) -> list[dict[str, Any]]:
     """DeepFool alone, 50 steps from the predicted class, within the images' range; foolbox's on the
     same net beside it.
 
@@ -125,7 +132,7 @@ def measure_deepfool(apply_fn: Net, params: Any, inputs: jax.Array) -> list[dict
         attack, _ = compiled(
             lambda x: dd_jax.deepfool(partial(apply_fn, params), x, **options), inputs
         )
-        return row("dd_jax", overshoot, lambda: attack(inputs).perturbation)
+        return row("dd_jax", overshoot, lambda: attack(inputs).perturbation, seconds=length)
 
     def theirs(overshoot: float) -> dict[str, Any]:
         model = foolbox.JAXModel(logits_fn, bounds=bounds)
@@ -198,10 +205,12 @@ def measure_net(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if "step" in parts:
         result["step"] = [
-            measure_step(apply_fn, params, inputs[:b], labels[:b], rate) for b in batches
+            measure_step(apply_fn, params, inputs[:b], labels[:b], rate, arguments.seconds)
+            for b in batches
         ]
     if "deepfool" in parts:
-        result["deepfool"] = measure_deepfool(apply_fn, params, inputs[: FOOLBOX_IMAGES[name]])
+        images = inputs[: FOOLBOX_IMAGES[name]]
+        result["deepfool"] = measure_deepfool(apply_fn, params, images, arguments.seconds)
     if "growth" in parts and name in GROWTH_NETS:
         result["growth"] = measure_growth(apply_fn, params, inputs, labels)
     if "third_party" in parts and name in third_party.NETS:
@@ -275,6 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", nargs="+", type=int, help="of the part step; at most 1000 images each"
     )
+    parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--this_process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -301,6 +311,8 @@ def main() -> None:
             str(part),
             "--parts",
             *arguments.parts,
+            "--seconds",
+            str(arguments.seconds),
         ]
         command += ["--weights", str(arguments.weights)] if arguments.weights else []
         command += ["--batches", *map(str, arguments.batches)] if arguments.batches else []

@@ -61,7 +61,8 @@ def full_precision() -> AbstractContextManager[Any]:
     """Products and convolutions in full float32, also on accelerators, which by JAX's default round
     their factors to 10 bits or fewer; what JAX_DEFAULT_MATMUL_PRECISION asks for goes before.
     """
-    if jax.default_backend() == "cpu" or jax.config.jax_default_matmul_precision is not None:
+    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" or asked_for is not None:
         return contextlib.nullcontext()  # CPUs always have full precision.
     return jax.default_matmul_precision("highest")
 
