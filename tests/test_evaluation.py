@@ -355,6 +355,28 @@ def test_the_attack_and_the_judge_are_two_programs():
     assert loops == [True, False]  # Nothing of DeepFool is in the second.
 
 
+@pytest.mark.parametrize(
+    ("backend", "asked_for", "wanted"),
+    [("gpu", None, "highest"), ("cpu", None, None), ("gpu", "bfloat16", "bfloat16")],
+)
+def test_figures_are_of_full_float32_unless_something_else_is_asked_for(
+    backend, asked_for, wanted, monkeypatch
+):
+    seen = set()
+
+    def spying_net(variables, x):
+        seen.add(jax.config.jax_default_matmul_precision)
+        return net(variables, x)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    evaluator = Evaluator(spying_net, in_memory(INPUTS, LABELS), settings=SETTINGS, **quiet)
+    with jax.default_matmul_precision(asked_for):
+        evaluator.measure(VARIABLES, names=("deepfool", "pgd"))
+        evaluator.half_epsilon(VARIABLES)
+        evaluator.deepfool_examples(VARIABLES, 2)
+    assert seen == {wanted}
+
+
 def test_new_weights_compile_nothing():
     evaluator = Evaluator(net, in_memory(INPUTS, LABELS), settings=SETTINGS, **quiet)
     first = evaluator.measure(VARIABLES)

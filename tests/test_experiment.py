@@ -14,13 +14,12 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dd_jax import data, defenses, models, pretrained
 from dd_jax.evaluation import Evaluator
-from dd_jax.experiment import build, configuration, inputs, measuring, runs
+from dd_jax.experiment import build, configuration, inputs, runs
 from dd_jax.experiment.configuration import ConfigurationError
 from dd_jax.results.report import DEFENDED, REFERENCE, read_report
 from dd_jax.training import loop
@@ -624,29 +623,3 @@ def test_every_net_gets_images_of_its_shape(name, tmp_path):
         parts.feed.test_inputs.shape == (3, *models.input_shape(name))
         and parts.feed.test_inputs.dtype == np.float32
     )
-
-
-@pytest.mark.parametrize(
-    ("backend", "asked_for", "found"),
-    [
-        ("gpu", None, (True, False)),
-        ("cpu", None, (False, False)),
-        ("gpu", "bfloat16", (False, True)),
-    ],
-)
-def test_figures_are_of_full_float32_unless_something_else_is_asked_for(
-    backend, asked_for, found, monkeypatch, tmp_path
-):
-    # As JAX traces a product within a measurement.
-    def program(self, variables, **options):
-        return {"program": str(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 2)), jnp.ones((2, 2))))}
-
-    run = build.build_run(
-        configuration.read(str(CONFIG), [f"--config.{x}" for x in TINY]), tmp_path
-    )
-    state = run.stages[REFERENCE].make_state()
-    monkeypatch.setattr(Evaluator, "measure", program)
-    monkeypatch.setattr(measuring.jax, "default_backend", lambda: backend)
-    with jax.default_matmul_precision(asked_for):
-        product = measuring.measure_state(run.evaluator, state, quiet=True)["program"]
-    assert ("HIGHEST" in product, "DEFAULT" in product) == found

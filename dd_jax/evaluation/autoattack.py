@@ -40,7 +40,14 @@ from dd_jax.evaluation.autoattack_flags import (
 )
 from dd_jax.evaluation.autoattack_programs import SAME, Setting, attack_programs, clean_programs
 from dd_jax.evaluation.metrics import Summary
-from dd_jax.evaluation.programs import ApplyFn, BatchFn, CompileFn, Rows, in_two_programs
+from dd_jax.evaluation.programs import (
+    ApplyFn,
+    BatchFn,
+    CompileFn,
+    Rows,
+    in_full_precision,
+    in_two_programs,
+)
 from dd_jax.log import progress
 from dd_jax.norms import Bounds, LpNorm, check_bounds
 
@@ -115,7 +122,7 @@ class AutoAttack:
         compile_fn: CompileFn = in_two_programs,
     ) -> None:
         self._apply_fn, self._examples, self._batch_size = apply_fn, examples, batch_size
-        self._bounds, self._compile_fn = bounds, compile_fn
+        self._bounds, self._compile_fn = bounds, in_full_precision(compile_fn)
         self._compiled: dict[tuple, BatchFn] = {}
 
     def measure(

@@ -35,6 +35,7 @@ from dd_jax.evaluation.programs import (
     Rows,
     curve_programs,
     example_programs,
+    in_full_precision,
     in_two_programs,
     measurement_programs,
 )
@@ -101,7 +102,7 @@ class Evaluator:
         self._few = {"carlini_wagner": carlini_wagner_examples}
         self._few |= dict.fromkeys(MINIMUM_NORM, minimum_norm_examples)
         self._bounds, self._box = bounds, box if box is not None else bounds
-        self._compile_fn = compile_fn
+        self._compile_fn = in_full_precision(compile_fn)
         self._compiled: dict[tuple[str, ...], BatchFn] = {}
         self._autoattack = AutoAttack(
             apply_fn,

@@ -7,7 +7,9 @@ device a share of the batch, adds up the sums and puts the rows back together. `
 weights and all else that is the same for every example.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -41,6 +43,32 @@ def in_two_programs(attack: AttackFn, judge: JudgeFn) -> BatchFn:
     """Compiles both, each by itself: the judge does not depend on how the attack was compiled."""
     compiled_attack, compiled_judge = jax.jit(attack), jax.jit(judge)
     return lambda shared, batch: compiled_judge(shared, batch, compiled_attack(shared, batch))
+
+
+def in_full_precision(compile_fn: CompileFn) -> CompileFn:
+    """The same, with products and convolutions in full float32, also on accelerators, which by
+    JAX's default round their factors to 10 bits or fewer. What jax_default_matmul_precision asks
+    for goes before.
+    """
+
+    def compiled(attack: AttackFn, judge: JudgeFn) -> BatchFn:
+        run = compile_fn(attack, judge)
+
+        def run_in_full_precision(shared: Shared, batch: Batch) -> tuple[Any, Rows | None]:
+            with full_precision():
+                return run(shared, batch)
+
+        return run_in_full_precision
+
+    return compiled
+
+
+def full_precision() -> AbstractContextManager[Any]:
+    """Of what is traced within. CPUs have it anyway: nothing changes there."""
+    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" or asked_for is not None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
 
 
 def measurement_programs(

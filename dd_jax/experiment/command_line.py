@@ -17,6 +17,7 @@ from dd_jax.extras import MissingPackageError
 from dd_jax.parallel import Terminated
 from dd_jax.pretrained import WeightsError
 from dd_jax.training.checkpoints import DamagedCheckpointError, UnsavedCheckpointError
+from dd_jax.training.exclusive import OccupiedError
 from dd_jax.training.train_step import DivergenceError
 
 USER_ERRORS = (
@@ -25,6 +26,7 @@ USER_ERRORS = (
     DataError,
     DivergenceError,
     MissingPackageError,
+    OccupiedError,
     WeightsError,
     FileNotFoundError,
     UnsavedCheckpointError,

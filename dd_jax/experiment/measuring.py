@@ -1,13 +1,10 @@
 """Measures a net of a run, and says on stderr where an attack's own success was not confirmed."""
 
-import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from dd_jax import parallel, training
@@ -35,36 +32,24 @@ def measure_state(
 
     Adds "epsilon_half", the epsilon at which half of the images have fallen under FGSM, where
     "fgsm" is among the names; None: nowhere. `name` is what the net is called in progress bars.
-    `save_in`: a directory in which AutoAttack keeps how far it is. Products are in full
-    float32, see `full_precision`.
+    `save_in`: a directory in which AutoAttack keeps how far it is.
     """
     variables = variables_of(state)
     options: dict[str, Any] = dict(limit=limit, show_progress=not quiet and parallel.is_primary())
     file = None if save_in is None else save_in / flags_name(evaluator, name, limit)
     description = f"{name:9} measuring"
-    with full_precision():
-        found = evaluator.measure(
-            variables, names=names, description=description, save_to=file, **options
+    found = evaluator.measure(
+        variables, names=names, description=description, save_to=file, **options
+    )
+    if "fgsm" in names:
+        description = f"{name:9} epsilon of 50 %"
+        found["epsilon_half"] = evaluator.half_epsilon(
+            variables, description=description, **options
         )
-        if "fgsm" in names:
-            description = f"{name:9} epsilon of 50 %"
-            found["epsilon_half"] = evaluator.half_epsilon(
-                variables, description=description, **options
-            )
     if parallel.is_primary():
         for sentence in remarks(found, name or "the net"):
             tqdm.write(f"warning: {sentence}", file=sys.stderr)  # Above the progress bars.
     return found
-
-
-def full_precision() -> AbstractContextManager[Any]:
-    """Products and convolutions in full float32, also on accelerators, which by JAX's default round
-    their factors to 10 bits or fewer; what JAX_DEFAULT_MATMUL_PRECISION asks for goes before.
-    """
-    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if jax.default_backend() == "cpu" or asked_for is not None:
-        return contextlib.nullcontext()  # CPUs always have full precision.
-    return jax.default_matmul_precision("highest")
 
 
 def flags_name(evaluator: Evaluator, name: str, limit: int | None) -> str:

@@ -9,6 +9,7 @@ checkpoint of the run directory. A run directory holds, of this module,
                           of several processes has its own undecodable_process_I.jsonl. A resumed
                           run may name an image twice.
     tensorboard/STAGE/    the curves for TensorBoard, where the plan asks for them
+    lock                  keeps a second process from training there
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from dd_jax import log, parallel
 from dd_jax.data import Batch
 from dd_jax.log import progress
 from dd_jax.training.checkpoints import Checkpoints
+from dd_jax.training.exclusive import alone_in
 from dd_jax.training.train_step import DivergenceError, TrainState, fit
 
 SECONDS_BETWEEN_CHECKPOINTS = 30  # At least, where a line of metrics.jsonl has just been written.
@@ -67,9 +69,11 @@ def train_stage(
     """Trains a stage to its end: from its latest checkpoint if there is one, else from the start.
 
     `on_training` is called before the first step, if there is one to take. Terminated where the
-    process was asked to end (SIGTERM); the state is saved then.
+    process was asked to end (SIGTERM); the state is saved then. OccupiedError where another process
+    is training there.
     """
-    with open_checkpoints(workdir, plan.name) as saved:
+    alone = alone_in(workdir) if parallel.is_primary() else contextlib.nullcontext()
+    with alone, open_checkpoints(workdir, plan.name) as saved:
         is_new = saved.latest() is None
         state = plan.make_state() if is_new else saved.restore(jax.eval_shape(plan.make_state))
         first_step = int(state.step)
