@@ -400,15 +400,15 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.reproduce --page` from the lines of results in this directory.
 
-    python -m benchmarks.reproduce --search --nets mlp lenet --data_dir DIR --trials 12
-    python -m benchmarks.reproduce --choose --nets mlp lenet
-    python -m benchmarks.reproduce --nets mlp lenet --seeds 0 1 2 --data_dir DIR
+    python -m benchmarks.reproduce --search --nets mlp lenet convnet --data_dir DIR --trials 12
+    python -m benchmarks.reproduce --choose --nets mlp lenet convnet
+    python -m benchmarks.reproduce --nets mlp lenet convnet nin --seeds 0 1 2 --data_dir DIR [--exact_subset FILE]
     python -m benchmarks.reproduce_judges --nets mlp lenet --seeds 0 1 2 --data_dir DIR
     python -m benchmarks.reproduce_autoattack --nets mlp lenet --seeds 0 --data_dir DIR
 
-Each command goes on where it was stopped. Options were chosen on held-out training images. LeNet's
-defenses without trials of their own have what was chosen for the MLP; the last section names those that had
-fewer trials. Test images were seen by the final runs alone.
+Each command goes on where it was stopped. Options were chosen on held-out training images, NIN's by hand;
+the last section names the defenses that had fewer trials, and the runs that were not made. Test images were
+seen by the final runs alone.
 Among trials whose accuracy is not below the reference's, the one of the greatest gain was chosen: the
 geometric mean of l_2 (DeepFool) and rho_inf (FGS), relative to the reference's. Where there is none, a point
 of accuracy below the reference's counts as much as a gain of 1."""

@@ -2,7 +2,19 @@
 
     python train.py --config configs/cifar_convnet.py --data_dir DIR
 
-The whole run was not made yet; benchmarks/README.md has the speed of its steps.
+Two minutes for the reference net and seven for Deep Defense on one NVIDIA H200 with twelve other
+processes on it; Deep Defense takes about an hour on 2 CPU cores. Measured on CIFAR-10 (JPEG copy), all
+10,000 test images, C&W the first 1,000, seed 0, one H200 (jax 0.11.2; training in JAX's default
+precision, figures in full float32; in brackets: the paper's, on the original):
+
+                  accuracy   rho_2            l_2           rho_inf        l_2 C&W           acc. PGD
+    reference       78.99%  0.0337  0.202 (0.180)  0.0095 (0.0053)  0.178 (0.290)   8.21% (21.34%)
+    deep_defense    80.00%  0.0491  0.296 (0.360)  0.0143 (0.0158)  0.260 (0.470)  23.97% (45.05%)
+
+DeepFool and C&W fooled both nets on all images, FGSM on 99.95 % and 99.97 %, by the forward pass that
+checks them. The options were chosen among four on held-out training images, which is few: the paper's
+net gains more. benchmarks/reproduction/ has the search, the other defenses, more seeds of theirs, and
+figures on 1,017 test images of the original.
 """
 
 from configs import default
@@ -15,7 +27,12 @@ def get_config():
     config.data.flip = True
     config.reference.num_epochs = 40
     config.reference.learning_rate = 0.02
-    config.fine_tuning.num_epochs = 50
+    config.defense.norm = "linf"
+    config.defense.correct_scale = 120.0
+    config.defense.wrong_scale = 30.0
+    config.fine_tuning.num_epochs = 10
+    config.fine_tuning.learning_rate = 5e-3
+    config.fine_tuning.schedule = "cosine"
     config.fine_tuning.max_gradient_norm = 10.0
     # What the paper attacks whitened images with.
     config.evaluation.pgd_epsilon = 0.01
