@@ -178,8 +178,8 @@ def their_perturbation(
 ) -> jax.Array:
     """foolbox's perturbation: within the range of pixels, or nearly without bounds."""
     shift = problem.shift if boxed else jnp.zeros(())
-    if shift is None:  # No box of pixels: the range of all inputs, as the evaluation has it.
-        shift, bounds = jnp.zeros(()), (float(problem.inputs.min()), float(problem.inputs.max()))
+    if shift is None:  # No box of pixels.
+        shift, bounds = jnp.zeros(()), range_of(problem)
     else:
         bounds = (0.0, 1.0) if boxed else (-WIDE, WIDE)
     model = foolbox.JAXModel(lambda x: problem.logits_fn(x - shift), bounds=bounds)
@@ -192,8 +192,16 @@ def their_perturbation(
 def box_of(problem: Problem) -> tuple[Any, Any]:
     """The bounds of inputs for C&W and DDN."""
     if problem.shift is None:
-        return float(problem.inputs.min()), float(problem.inputs.max())
+        return range_of(problem)
     return -problem.shift, 1.0 - problem.shift
+
+
+def range_of(problem: Problem) -> tuple[float, float]:
+    """The range of all inputs, which bounds the attacks where there are no pixels, as in the
+    evaluation.
+    """
+    inputs = np.asarray(problem.inputs)  # Numbers, also while JAX traces.
+    return float(inputs.min()), float(inputs.max())
 
 
 def our_deepfool(problem: Problem, inputs: jax.Array) -> jax.Array:

@@ -7,11 +7,14 @@ import json
 import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import reproduce_autoattack as autoattack
 from benchmarks import reproduce_final as final
+from benchmarks import reproduce_judges as judges
 from benchmarks import reproduce_page as page
 from benchmarks import reproduce_search as search
 from configs import default, mnist_mlp
@@ -254,6 +257,37 @@ def test_a_net_without_trials_has_what_the_other_net_on_the_same_data_chose(tmp_
     table = page.chosen_table(choice)
     assert "| clean | none: mlp's choice | - | - | - | - | - | learning_rate 0.01," in table
     assert "| deep_defense | 0 | 98.00% | 1.500 |" in table
+
+
+def test_nets_of_an_earlier_choice_stand_apart_with_their_options():
+    def line(seed, l2, rate):
+        shared = {"defense": "clean", "settings": {search.RATE: rate}, "published": {}}
+        return shared | {"seed": seed, "figures": figures(0.9, l2)}
+
+    now, before = line(0, 5.0, 0.5), [line(0, 1.0, 0.25), line(1, 2.0, 0.25)]
+    text, table = page.earlier_table([now, *before], [now])
+    assert "chosen before" in text
+    assert "| clean with learning_rate 0.25 | 2 | 90.00% | 1.500; 1.000 to 2.000 |" in table
+    assert "5.000" not in table and page.earlier_table([now], [now]) == []
+
+
+def test_options_of_a_net_without_a_search_are_set_by_hand_and_the_page_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no trials of nin to choose from: run --search"):
+        final.write_choice("nin", tmp_path)
+    clean = {"settings": {search.RATE: 0.5}, "trial": None, "figures": None, "num_trials": 0}
+    chosen = {"net": "nin", "data": None, "reference": None, "note": "They are guesses."}
+    (tmp_path / "chosen_nin.json").write_text(json.dumps(chosen | {"defenses": {"clean": clean}}))
+    text = page.write_page(tmp_path).read_text()
+    assert "No trials were made. They are guesses." in text
+    assert "| clean | none | - | - | - | - | - | learning_rate 0.5 |" in text
+
+
+def test_without_pixels_the_judges_bounds_are_the_range_of_the_inputs_also_under_jit():
+    inputs = jnp.asarray([[-1.5, 2.5], [0.0, 1.0]])
+    problem = judges.Problem(lambda x: x, inputs, None, None, None, 0.1, 0.1, 1)
+    seen = []
+    jax.jit(lambda x: seen.append(judges.box_of(problem)) or x)(inputs)
+    assert seen == [(-1.5, 2.5)]
 
 
 def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_it():
