@@ -164,11 +164,12 @@ def conditions(lines: Sequence[Line]) -> str:
     first = lines[0]
     several = lambda name: " and ".join(sorted({str(line[name]) for line in lines}))
     copy = f" The data is {JPEG_COPY}, not the original." if "cifar10" in first["data"] else ""
-    on_accelerator = any("cpu" not in line["device"].partition(" ")[0] for line in lines)
+    is_default = lambda line: line.get("precision") == "JAX's default"
+    rounds = any("NVIDIA" in line["device"] and is_default(line) for line in lines)
     precision = (
         " Trained in JAX's default precision, which on NVIDIA cards rounds the factors of products to "
         "10 bits; measured in full float32."
-    ) * on_accelerator
+    ) * rounds
     return (
         f"{first['data']}; trained on {first['num_train']} images, measured on all "
         f"{first['figures']['num_examples']} test images (C&W: the first "
@@ -403,7 +404,7 @@ Written by `python -m benchmarks.reproduce --page` from the lines of results in 
     python -m benchmarks.reproduce --search --nets mlp lenet convnet --data_dir DIR --trials 12
     python -m benchmarks.reproduce --choose --nets mlp lenet convnet
     python -m benchmarks.reproduce --nets mlp lenet convnet nin --seeds 0 1 2 --data_dir DIR [--exact_subset FILE]
-    python -m benchmarks.reproduce_judges --nets mlp lenet --seeds 0 1 2 --data_dir DIR
+    python -m benchmarks.reproduce_judges --nets mlp lenet convnet --seeds 0 1 2 --data_dir DIR
     python -m benchmarks.reproduce_autoattack --nets mlp lenet --seeds 0 --data_dir DIR
 
 Each command goes on where it was stopped. Options were chosen on held-out training images, NIN's by hand;

@@ -176,14 +176,8 @@ def _scaled(net: str, settings: Settings) -> Settings:
 
 def space_of(net: str, defense: str) -> dict[str, Option]:
     """What is searched of a defense, in the units of a net's inputs."""
-    space = SPACES[defense]
-    limits = [
-        _scaled(net, {name: option.limits[k] for name, option in space.items()}) for k in (0, 1)
-    ]
-    return {
-        name: option._replace(limits=(limits[0][name], limits[1][name]))
-        for name, option in space.items()
-    }
+    limits = lambda name, option: tuple(_scaled(net, {name: x})[name] for x in option.limits)
+    return {name: x._replace(limits=limits(name, x)) for name, x in SPACES[defense].items()}
 
 
 def beginnings(net: str, defense: str, results: pathlib.Path = RESULTS) -> list[Settings]:

@@ -12,8 +12,8 @@ precision, figures in full float32; in brackets: the paper's, on the original):
     deep_defense    80.00%  0.0491  0.296 (0.360)  0.0143 (0.0158)  0.260 (0.470)  23.97% (45.05%)
 
 DeepFool and C&W fooled both nets on all images, FGSM on 99.95 % and 99.97 %, by the forward pass that
-checks them. The options were chosen among four on held-out training images, which is few: the paper's
-net gains more. benchmarks/reproduction/ has the search, the other defenses, more seeds of theirs, and
+checks them. The options were chosen among four on held-out training images, all with a wrong_scale that
+is too large: the paper's net gains more. benchmarks/reproduction/ has the search, the other defenses, more seeds of theirs, and
 figures on 1,017 test images of the original.
 """
 
