@@ -146,18 +146,17 @@ class Finals:
     def run(self, seeds: Sequence[int], defenses: Sequence[str] = DEFENSES) -> None:
         """Runs what is missing, seed by seed: the reference, then each defense that was chosen."""
         for seed in seeds:
-            self._line(seed, REFERENCE, {}, {})
+            self._line(seed, REFERENCE, {})
             for defense in defenses:
                 if defense in self._choice:
-                    known = read_report(self._directory(seed, REFERENCE, {}))
-                    settings = self._choice[defense]["settings"]
-                    self._line(seed, defense, settings, known.measured[REFERENCE])
+                    self._line(seed, defense, self._choice[defense]["settings"])
 
-    def _line(self, seed: int, defense: str, settings: Settings, reference: Figures) -> None:
+    def _line(self, seed: int, defense: str, settings: Settings) -> None:
         wanted = (seed, defense, settings)
         lines = read_lines(self._path)
         if wanted in [(line["seed"], line["defense"], line["settings"]) for line in lines]:
             return
+        reference = {} if defense == REFERENCE else self._reference_figures(seed)
         started, run = Clock(), self._run(seed, defense, settings)
         state = runs.reference_state(run)
         if defense != REFERENCE:
@@ -171,6 +170,16 @@ class Finals:
             line["exact_subset"] = measured_on(run, state, self._exact_subset)
         append_line(self._path, line)
         self._say(f"{self._net}, seed {seed}, {defense}: {said(figures)}")
+
+    def _reference_figures(self, seed: int) -> Figures:
+        where = self._directory(seed, REFERENCE, {})
+        report = read_report(where)
+        if report is None:
+            raise FileNotFoundError(
+                f"{where} has no reference net, though {self._path} has its figures: give the "
+                "--workdir that it was trained in, or remove that line to train it again."
+            )
+        return report.measured[REFERENCE]
 
     def _figures(
         self, run: Run, stage: str, state: TrainState, reference: Figures

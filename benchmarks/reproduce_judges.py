@@ -8,8 +8,9 @@ to foolbox as a JAXModel, and to dd_jax. Both attack the same first --num_images
 predicted class, PGD away from the label. What fooled is asked of the net in a plain forward pass. Sizes are
 means over the images that both fool. Lines go to judges_NET.jsonl, those that are there are not measured
 again; the page shows them: ours and theirs within 2 % in size and 0.5 points in accuracy, or not. Where
-DDN's or PGD's differ, it runs again on the logits divided by SOFTER, which leaves the classes as they are:
-in float32 the gradient of cross-entropy vanishes where one logit is far ahead.
+PGD's differ, ours takes all its steps, as foolbox's does, instead of stopping at the first iterate that
+fools. Where these or DDN's differ, it runs again on the logits divided by SOFTER, which leaves the classes
+as they are: in float32 the gradient of cross-entropy vanishes where one logit is far ahead.
 
 foolbox is no dependency of dd_jax: `pip install foolbox` (3.3.4 was used). Its bounds are two numbers. For
 C&W and DDN, whose perturbed images stay within the range of pixels, it therefore gets images in [0, 1] and
@@ -55,7 +56,7 @@ WIDE = 1e3  # Of bounds that bind nothing.
 NUM_IMAGES = 500
 SIZE, ACCURACY = 0.02, 0.005  # What the two libraries may differ by.
 BY_CROSS_ENTROPY, SOFTER = ("DDN", "PGD"), 5.0
-SOFTER_KEPT = ("dd_jax", "foolbox", "agrees")
+REASON_KEPT = ("dd_jax", "foolbox", "agrees")
 CLASSES, DEEPFOOL_STEPS, DDN_STEPS = 10, 50, 100
 CARLINI_WAGNER_STEPS, CARLINI_WAGNER_RUNS = 200, 5  # Ours.
 # foolbox's starts far from the boundary and does not scale its steps: it needs more.
@@ -107,9 +108,7 @@ def judge_net(net: str, arguments: Any) -> None:
         problem = make_problem(run, exported(run, stage), arguments.num_images)
         for name in missing:
             found = key | {"attack": name} | compared(problem, *ATTACKS[name])
-            if name in BY_CROSS_ENTROPY and not found["agrees"]:
-                softer = compared(softened(problem), *ATTACKS[name])
-                found["softer"] = {k: softer[k] for k in SOFTER_KEPT} | {"by": SOFTER}
+            found |= {} if found["agrees"] else reason(problem, name)
             search.append_line(path, found)
             command_line.say(
                 f"{net} {key['seed']} {key['defense']} {name}: {found['dd_jax']:.4f}, foolbox "
@@ -141,6 +140,18 @@ def make_problem(run: Run, weights: pathlib.Path, num_images: int) -> Problem:
     names = ("pgd_epsilon", "pgd_step_size", "pgd_num_steps")
     attack = {name: getattr(settings, name) for name in names}
     return Problem(logits_fn, inputs, labels, logits_fn(inputs).argmax(axis=1), shift, **attack)
+
+
+def reason(problem: Problem, name: str) -> dict[str, Any]:
+    """The same attack of both under other circumstances, to see why they differ; may be empty."""
+    kept = lambda found: {each: found[each] for each in REASON_KEPT}
+    if name == "PGD":
+        to_the_end = compared(problem, "accuracy", partial(our_pgd, early_stop=False), their_pgd)
+        if to_the_end["agrees"]:
+            return {"all_steps": kept(to_the_end)}
+    if name in BY_CROSS_ENTROPY:
+        return {"softer": kept(compared(softened(problem), *ATTACKS[name])) | {"by": SOFTER}}
+    return {}
 
 
 def softened(problem: Problem) -> Problem:
@@ -239,9 +250,9 @@ def their_ddn(problem: Problem) -> jax.Array:
     return their_perturbation(attack, problem, problem.predicted, boxed=True)
 
 
-def our_pgd(problem: Problem, inputs: jax.Array) -> jax.Array:
-    options = dict(epsilon=problem.pgd_epsilon, step_size=problem.pgd_step_size)
-    options["num_steps"] = problem.pgd_num_steps
+def our_pgd(problem: Problem, inputs: jax.Array, *, early_stop: bool = True) -> jax.Array:
+    options: dict[str, Any] = dict(epsilon=problem.pgd_epsilon, step_size=problem.pgd_step_size)
+    options |= dict(num_steps=problem.pgd_num_steps, early_stop=early_stop)
     return pgd(problem.logits_fn, inputs, problem.labels, norm="linf", **options).perturbation
 
 

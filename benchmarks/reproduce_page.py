@@ -369,15 +369,22 @@ def judges_table(lines: Sequence[Line]) -> list[str]:
 
 
 def reasons(lines: Sequence[Line]) -> list[str]:
-    """Why figures differ, where the lines show it: they equal each other on softer logits, or an
-    attack's perturbations are longer than the same library's DDN finds and short of the minimum.
+    """Why figures differ, where the lines show it: they equal each other when PGD takes all its steps,
+    or on softer logits, or an attack's perturbations are longer than the same library's DDN finds and
+    short of the minimum.
     """
     sizes = {(line["defense"], line["seed"], line["attack"]): line["foolbox"] for line in lines}
     said = []
     for line in lines:
         least = sizes.get((line["defense"], line["seed"], "DDN"))
         longer = line["foolbox"] > line["dd_jax"] and line["figure"] == "l2"
-        softer = line.get("softer")
+        softer, to_the_end = line.get("softer"), line.get("all_steps")
+        if to_the_end:
+            said.append(
+                f"{line['attack']} on {line['defense']}, seed {line['seed']}: with all its steps, which "
+                f"foolbox's takes, dd_jax's leaves {to_the_end['dd_jax']:.2%}, and foolbox's "
+                f"{to_the_end['foolbox']:.2%}. The evaluation's stops at the first iterate that fools."
+            )
         if softer and softer["agrees"]:
             said.append(
                 f"{line['attack']} on {line['defense']}, seed {line['seed']}: with the logits divided by "

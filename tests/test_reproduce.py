@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import pathlib
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from benchmarks import reproduce_autoattack as autoattack
 from benchmarks import reproduce_final as final
 from benchmarks import reproduce_judges as judges
 from benchmarks import reproduce_page as page
+from benchmarks import reproduce_processes as processes
 from benchmarks import reproduce_search as search
 from configs import default, mnist_mlp
 from dd_jax.experiment import build, configuration
@@ -184,9 +187,15 @@ def test_final_runs_go_on_and_the_page_has_their_figures(searched):
         assert "in place of the test images" not in line["data"]
     make().run([0])
     assert len(said) == 3, "Nothing is measured twice."
+    # Nor where the run directories are gone; what is missing then needs the reference's.
+    elsewhere = final.Finals("mlp", workdir / "other", workdir, None, TINY, subset, said.append)
+    elsewhere.run([0])
+    assert len(said) == 3
     # A line that is lost is measured anew from the run directory, and is the same.
     results = workdir / "results_mlp.jsonl"
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(FileNotFoundError, match="no reference net, though .*--workdir"):
+        elsewhere.run([0])
     make().run([0])
     again = final.results_of("mlp", workdir)[-1]
     assert again["figures"] == lines[-1]["figures"]
@@ -317,3 +326,85 @@ def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_i
     assert "divided by 5, which changes no class, dd_jax's is 0.9000" in page.reasons([softer])[0]
     softer["softer"]["agrees"] = False  # Then large logits are not the reason.
     assert not any("divided by" in reason for reason in page.reasons([softer]))
+    to_the_end = {"all_steps": {"dd_jax": 0.205, "foolbox": 0.205, "agrees": True}}
+    (said,) = page.reasons([line("PGD", 0.185, 0.205) | to_the_end])
+    assert "which foolbox's takes, dd_jax's leaves 20.50%, and foolbox's 20.50%." in said
+
+
+@pytest.mark.parametrize(
+    ("attack", "agree_to_the_end", "found"),
+    [
+        ("PGD", True, "all_steps"),
+        ("PGD", False, "softer"),
+        ("DDN", True, "softer"),
+        ("C&W", True, ""),
+    ],
+)
+def test_the_judge_looks_for_a_reason(attack, agree_to_the_end, found, monkeypatch):
+    problem = judges.Problem(lambda x: 10 * x, jnp.ones((1, 2)), *[None] * 3, 0.1, 0.1, 1)
+
+    def compared(problem, figure, ours, theirs):
+        is_softer = float(problem.logits_fn(jnp.ones(()))) == 2
+        agrees = is_softer or agree_to_the_end
+        return {"dd_jax": 1.0, "foolbox": 1.0, "agrees": agrees, "success_dd_jax": 1.0}
+
+    monkeypatch.setattr(judges, "compared", compared)
+    kept = {"dd_jax": 1.0, "foolbox": 1.0, "agrees": True}
+    wanted = {"softer": {"softer": kept | {"by": 5.0}}, "all_steps": {"all_steps": kept}, "": {}}
+    assert judges.reason(problem, attack) == wanted[found]
+
+
+def test_references_have_processes_of_their_own_before_the_defenses():
+    first, then = processes.shares(["mlp", "nin"], [0, 2], TWO, search=False)
+    assert [name for name, _ in first] == [
+        f"{net}-{seed}-reference" for seed in (0, 2) for net in ("mlp", "nin")
+    ]
+    assert first[1][1] == ("--nets", "nin", "--seeds", "0", "--defenses")
+    assert len(then) == 8
+    assert then[-1] == (
+        "nin-2-deep_defense",
+        ("--nets", "nin", "--seeds", "2", "--defenses", "deep_defense"),
+    )
+    first, then = processes.shares(["mlp"], [0, 2], TWO, search=True)
+    assert first == [("mlp-reference", ("--nets", "mlp", "--defenses"))]
+    assert [own for _, own in then] == [("--nets", "mlp", "--defenses", name) for name in TWO]
+
+
+def run_in_processes(tmp_path, monkeypatch, program, waves):
+    """run_shares, two at a time, where every process is that program of Python instead."""
+    original = processes.subprocess.Popen
+    monkeypatch.setattr(
+        processes.subprocess,
+        "Popen",
+        lambda command, **options: original(
+            [sys.executable, "-c", program, *command[3:]], **options
+        ),
+    )
+    return processes.run_shares(2, waves, ["--search"], tmp_path)
+
+
+def test_processes_go_in_waves_and_one_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    program = (
+        "import os, sys\n"
+        "print(*sys.argv[1:], os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'])\n"
+        "print(os.environ['JAX_COMPILATION_CACHE_DIR'])\n"
+        "print(sorted(os.listdir('LOGS')))\n"
+        "sys.exit('b' in sys.argv)".replace("LOGS", str(tmp_path / "logs"))
+    )
+    waves = [[("first", ("a",))], [("second", ("b",)), ("third", ("c",))]]
+    assert run_in_processes(tmp_path, monkeypatch, program, waves) == ["second"]
+    said = (tmp_path / "logs/third.log").read_text().splitlines()
+    assert said[:2] == ["--search c false", str(tmp_path / "cache")]
+    assert "'first.log'" in said[2]
+    assert (tmp_path / "logs/first.log").read_text().splitlines()[2] == "['first.log']"
+    assert "second ended with 1" in capsys.readouterr().err
+
+
+def test_processes_are_asked_to_end_and_no_other_is_begun(tmp_path, monkeypatch):
+    program = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    waves = [[("first", ())], [("second", ())]]
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_in_processes(tmp_path, monkeypatch, program, waves) == ["first", "second"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "logs/second.log").read_text()

@@ -94,6 +94,7 @@ def test_training_leaves_everything_in_the_run_directory(finished):
     assert sorted(path.name for path in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
+        "lock",
         "metrics.jsonl",
         "plots",
         "preprocessing.npz",
