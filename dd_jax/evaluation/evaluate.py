@@ -68,7 +68,7 @@ class Evaluator:
         least and the greatest value among all inputs.
       to_images: maps inputs (a batch, or with perturbations) to images in 0..1 for PASS.
       show_progress: whether there are progress bars.
-      compile_fn: see `dd_jax.evaluation.programs`.
+      compile_fn: see `dd_jax.evaluation.programs`, which also says in which precision is measured.
 
     Raises ValueError for a number of C&W's, or of DDN's and FMN's examples below 1.
     """

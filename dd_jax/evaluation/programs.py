@@ -4,7 +4,8 @@ Every measurement is two programs: `attack(shared, batch)` finds perturbations, 
 batch, found)` asks the net again about each of them and gives `(sums, rows)`. `compile_fn` compiles
 the two apart from one another into what is run: `in_two_programs`, or a function that gives every
 device a share of the batch, adds up the sums and puts the rows back together. `shared` holds the
-weights and all else that is the same for every example.
+weights and all else that is the same for every example. Both run in full float32, also where JAX's
+default is lower, unless jax_default_matmul_precision asks for something else.
 """
 
 import contextlib
