@@ -89,7 +89,7 @@ for net in $NETS; do
 done
 chosen=(--weights "$WEIGHTS" ${BATCHES:+--batches $BATCHES})
 export JAX_COMPILATION_CACHE_DIR=$WORK/cache
-part compile 150 bash -c '
+part compile 110 bash -c '
     for net in $2; do
         for precision in default highest; do
             with= parts="step deepfool"
@@ -99,16 +99,16 @@ part compile 150 bash -c '
         done
     done
     wait' "$PYTHON" "$WORK" "$NETS" "${chosen[@]}"
-chosen+=(--nets $NETS --seconds 2)
-part speed 120 $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step deepfool --out "$WORK/speed.json"
-part speed 80 env JAX_DEFAULT_MATMUL_PRECISION=highest \
+chosen+=(--nets $NETS --seconds 1)
+part speed 90 $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step deepfool --out "$WORK/speed.json"
+part speed 60 env JAX_DEFAULT_MATMUL_PRECISION=highest \
     $PYTHON benchmarks/speed.py "${chosen[@]}" --parts step --out "$WORK/speed_float32.json"
 for precision in "" --tf32; do
-    part authors 45 $TORCH_PYTHON benchmarks/authors.py "${chosen[@]}" --device "$DEVICE" --seconds 2 $precision \
+    part authors 30 $TORCH_PYTHON benchmarks/authors.py "${chosen[@]}" --device "$DEVICE" $precision \
         --out "$WORK/authors${precision/--/_}.json"
 done
 [ "$WORKERS" = 0 ] && workers=() || workers=(-n "$WORKERS")
-part tests 180 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+part tests 160 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
     $PYTHON -m pytest "${workers[@]}" -p no:cacheprovider --tb=line -v $TESTS
 
 $PYTHON - "$WORK" >"$OUT/results.json" <<'PYTHON'

@@ -39,6 +39,7 @@ from benchmarks.reproduce_search import (
 )
 from dd_jax.experiment import build, command_line, comparison, configuration, plans, runs
 from dd_jax.experiment.build import Run
+from dd_jax.experiment.configuration import ConfigurationError
 from dd_jax.experiment.measuring import measure_state
 from dd_jax.experiment.reporting import add_to_report, make_report
 from dd_jax.results.report import DEFENDED, REFERENCE, has_figures, read_report
@@ -63,7 +64,9 @@ def write_choice(net: str, results: pathlib.Path = RESULTS) -> dict[str, Any]:
     """
     lines = read_lines(results / f"search_{net}.jsonl")
     if not lines:
-        raise ValueError(f"There are no trials of {net} to choose from: run --search --nets {net}.")
+        raise ConfigurationError(
+            f"There are no trials of {net} to choose from: run --search --nets {net}."
+        )
     reference = next(line for line in lines if line["defense"] == REFERENCE)
     chosen = {}
     for defense in DEFENSES:

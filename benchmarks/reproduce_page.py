@@ -288,6 +288,12 @@ def times(by_method: Mapping[str, Sequence[Line]]) -> str:
     return (
         "Minutes of training (with all measurements) per net, of the last start of a run, on a "
         f"machine with other work beside: {', '.join(said)}."
+        + "".join(
+            f" Of {method}, {line['note']}."
+            for method, of in by_method.items()
+            for line in of
+            if "note" in line
+        )
     )
 
 
@@ -299,8 +305,10 @@ def searched(net: str, choice: Mapping[str, Any], trials: Sequence[Line]) -> str
     hours = sum(line["seconds"] for line in trials) / 3600
     said = ", ".join(f"{method} {count}" for method, count in counts.items())
     reference = choice["reference"]
+    devices = " and ".join(sorted({line["device"] for line in trials if "device" in line}))
     return (
-        f"### Search of {net}\n\n{choice['data']}. Trials: {said}; {hours:.1f} hours. The accuracy is "
+        f"### Search of {net}\n\n{choice['data']}. Trials: {said}; {hours:.1f} hours"
+        f"{f' ({devices})' if devices else ''}. The accuracy is "
         f"that on all held-out images, robustness that on the first {ROBUSTNESS_IMAGES}. The "
         f"reference there: {reference['accuracy']:.2%}, l_2 {reference['l2']:.3f}, rho_inf "
         f"{reference['rho_linf']:.4f}. `search_{net}.jsonl` holds all trials, "

@@ -2,8 +2,8 @@
 
     python train.py --config configs/cifar_convnet.py --data_dir DIR
 
-Two minutes for the reference net and seven for Deep Defense on one NVIDIA H200 with twelve other
-processes on it; Deep Defense takes about an hour on 2 CPU cores. Measured on CIFAR-10 (JPEG copy), all
+Two minutes for the reference net and seven for Deep Defense on one NVIDIA H200 with up to twelve
+other processes on it; on 2 CPU cores Deep Defense would take an hour or more, by its steps' speed. Measured on CIFAR-10 (JPEG copy), all
 10,000 test images, C&W the first 1,000, seed 0, one H200 (jax 0.11.2; training in JAX's default
 precision, figures in full float32; in brackets: the paper's, on the original):
 
