@@ -239,6 +239,23 @@ def test_a_report_adds_to_what_was_measured_before_and_one_on_fewer_images_stand
     assert read_report(tmp_path).measured == more
 
 
+def test_figures_of_two_machines_in_one_report_name_both(parts):
+    now = reporting.make_report(parts, MEASURED)
+    there = now._replace(device="a card", xla_flags="", packages={**now.packages, "jax": "0.0"})
+    there = there._replace(measured={DEFENDED: {"accuracy_pgd": 0.25}})
+    here = now._replace(xla_flags="--flag=1")
+    both = reports.merged(there, here)
+    assert both.device == f"a card; {now.device}" and both.python == now.python
+    assert both.xla_flags == "-; --flag=1"
+    assert both.packages == {**now.packages, "jax": f"0.0; {now.packages['jax']}"}
+    again = reports.merged(both, here)
+    assert (again.device, again.xla_flags) == (both.device, both.xla_flags)
+    # Nothing is left of what was measured there, or its report names no machine.
+    assert reports.merged(there._replace(measured={DEFENDED: BEFORE}), here) == here
+    unknown = there._replace(device=None, packages=None, xla_flags="--flag=1")
+    assert reports.merged(unknown, here).device == now.device
+
+
 def test_a_report_from_before_a_measurement_had_options_keeps_its_figures(parts, tmp_path):
     """The options' first values change nothing of what was measured; other values would."""
     report = reporting.make_report(parts, MEASURED)

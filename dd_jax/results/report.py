@@ -31,6 +31,8 @@ NUMBERS = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")
 """A list of numbers in JSON, one per line."""
 REFERENCE, DEFENDED = "reference", "defended"
 """The two stages of a run, and their nets."""
+MACHINE = ("device", "python", "xla_flags")
+"""The fields that say, beside the packages, what the figures were taken with."""
 # Of figures and settings in reports from before they were called FGSM throughout.
 OLD_PREFIX, NEW_PREFIX = "fgs_", "fgsm_"
 
@@ -40,7 +42,9 @@ class Report(NamedTuple):
 
     measured: by stage, then by name of the figure. names: the measurements asked for. limit: how
     many test images were measured, None for all. published: the paper's figures by net. config: the
-    resolved configuration, {"section.field": value}. remarks: what to know of the figures.
+    resolved configuration, {"section.field": value}. xla_flags, device, python, packages: of figures
+    that were measured at different times, all that differ, "; " between them. remarks: what to know
+    of the figures.
     """
 
     data: str
@@ -135,7 +139,9 @@ def _new_name(name: str) -> str:
 
 
 def merged(before: Report | None, report: Report) -> Report:
-    """The report, with the other figures of an earlier one of the same images and settings."""
+    """The report, with the other figures of an earlier one of the same images and settings. Where
+    such figures are kept, it names the machines and the packages of both.
+    """
     if before is None:
         return report
     stages = {**before.measured, **report.measured}
@@ -144,7 +150,27 @@ def merged(before: Report | None, report: Report) -> Report:
         for stage in stages
     }
     names = list(dict.fromkeys([*before.names, *report.names]))
-    return report._replace(measured=measured, names=names)
+    whole = report._replace(measured=measured, names=names)
+    is_kept = lambda stage, figures: (
+        AUTOATTACK in figures or bool(figures.keys() - report.measured.get(stage, {}).keys())
+    )
+    if not any(is_kept(stage, figures) for stage, figures in before.measured.items()):
+        return whole
+    packages = {
+        name: _either((before.packages or {}).get(name), version)
+        for name, version in report.packages.items()
+    }
+    machine = {x: _either(getattr(before, x), getattr(report, x)) for x in MACHINE}
+    return whole._replace(packages=packages, **machine)
+
+
+def _either(before: str | None, now: str) -> str:
+    """Both texts, "; " between them, or the one that they are; "-" for an empty one beside another.
+    An old report may lack its own.
+    """
+    if before is None or before == now:
+        return now
+    return "; ".join(dict.fromkeys([*(before or "-").split("; "), now or "-"]))
 
 
 def has_figures(report: Report, stage: str, names: Sequence[str]) -> bool:
