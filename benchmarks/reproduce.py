@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="search options")
     parser.add_argument("--choose", action="store_true", help="write down the best options")
     parser.add_argument("--page", action="store_true", help="write the page alone")
-    parser.add_argument("--defenses", nargs="*", choices=search.DEFENSES, default=search.DEFENSES)
     parser.add_argument("--trials", type=command_line.positive, default=search.NUM_TRIALS)
     parser.add_argument("--exact_subset", type=pathlib.Path)
     parser.add_argument("--processes", type=command_line.positive, default=1)

@@ -5,7 +5,7 @@
 Each net of benchmarks/reproduction/results_NET.jsonl whose run directory is in --workdir is attacked on the
 first --num_images test images, version "standard", within the range of pixels. Lines go to
 autoattack_NET.jsonl, those that are there are not measured again, and a measurement that was stopped goes
-on in its run directory; the page shows them.
+on in its run directory; the page shows them. --defenses takes some alone, and the references.
 """
 
 import pathlib
@@ -52,9 +52,7 @@ def attack_nets(net: str, norm: str, epsilon: float, arguments: Any) -> None:
         f"--config.evaluation.epsilon={epsilon}",
         f"--config.evaluation.autoattack_examples={arguments.num_images}",
     ]
-    for net_key, where, stage in final.final_nets(
-        net, arguments.seeds, arguments.workdir, arguments.results
-    ):
+    for net_key, where, stage in final.final_nets(net, arguments):
         key = net_key | ball | {"num_examples": arguments.num_images}
         if any(key.items() <= each.items() for each in search.read_lines(path)):
             continue

@@ -92,16 +92,19 @@ def directory(workdir: pathlib.Path, net: str, seed: int, defense: str, settings
 
 
 def final_nets(
-    net: str, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path = RESULTS
+    net: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], pathlib.Path, str]]:
-    """The nets that have a line of results and a run directory: what a line about one begins with,
-    the directory, and the stage.
+    """The nets that the arguments of `make_parser` name and that have a line of results and a run
+    directory: what a line about one begins with, the directory, and the stage. References are
+    always among them.
     """
-    for line in results_of(net, results):
+    named = (REFERENCE, *arguments.defenses)
+    for line in results_of(net, arguments.results):
         key = {name: line[name] for name in ("net", "seed", "defense", "settings")}
-        where = directory(workdir, net, line["seed"], line["defense"], line["settings"])
-        if line["seed"] in seeds and where.is_dir():
-            yield key, where, REFERENCE if line["defense"] == REFERENCE else DEFENDED
+        seed, defense = line["seed"], line["defense"]
+        where = directory(arguments.workdir, net, seed, defense, line["settings"])
+        if seed in arguments.seeds and defense in named and where.is_dir():
+            yield key, where, REFERENCE if defense == REFERENCE else DEFENDED
 
 
 def opened(
@@ -118,6 +121,7 @@ def make_parser(doc: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
     parser = command_line.make_parser(doc)
     parser.add_argument("--nets", nargs="+", choices=CONFIGS, default=["mlp", "lenet"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    parser.add_argument("--defenses", nargs="*", choices=DEFENSES, default=DEFENSES)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--data_dir", help="where TFDS keeps its data sets")

@@ -10,7 +10,8 @@ means over the images that both fool. Lines go to judges_NET.jsonl, those that a
 again; the page shows them: ours and theirs within 2 % in size and 0.5 points in accuracy, or not. Where
 PGD's differ, ours takes all its steps, as foolbox's does, instead of stopping at the first iterate that
 fools. Where these or DDN's differ, it runs again on the logits divided by SOFTER, which leaves the classes
-as they are: in float32 the gradient of cross-entropy vanishes where one logit is far ahead.
+as they are: in float32 the gradient of cross-entropy vanishes where one logit is far ahead. --defenses takes
+some alone, and the references.
 
 foolbox is no dependency of dd_jax: `pip install foolbox` (3.3.4 was used). Its bounds are two numbers. For
 C&W and DDN, whose perturbed images stay within the range of pixels, it therefore gets images in [0, 1] and
@@ -95,9 +96,7 @@ def main() -> None:
 def judge_net(net: str, arguments: Any) -> None:
     """All final nets of that name, by all attacks that are missing."""
     path, first = arguments.results / f"judges_{net}.jsonl", None
-    for net_key, where, stage in final.final_nets(
-        net, arguments.seeds, arguments.workdir, arguments.results
-    ):
+    for net_key, where, stage in final.final_nets(net, arguments):
         key = net_key | {"images": arguments.num_images}
         known = [each["attack"] for each in search.read_lines(path) if key.items() <= each.items()]
         missing = [name for name in arguments.attacks if name not in known]
