@@ -11,8 +11,8 @@ units of 1/255; for the last four `python evaluate.py --workdir runs/mnist_lenet
     reference       99.18%  0.2096  1.514 (1.480)  0.1193 (0.1290)  1.488 (1.400)  25.23% (26.17%)  0.8256 (0.9074)
     deep_defense    99.21%  0.4135  2.972 (2.050)  0.2611 (0.2360)  2.311 (1.840)  86.64% (64.54%)  0.7347 (0.8760)
 
-AutoAttack on the first 1,000 leaves 46.6% of the reference's and 86.4% of Deep Defense's in the l2
-ball of 1.5, 70.3% and 93.4% in the linf ball of 0.1 (benchmarks/reproduce_autoattack.py).
+AutoAttack on the first 1,000 leaves 46.6% of the reference's and 86.9% of Deep Defense's in the l2
+ball of 1.5, 70.3% and 94.0% in the linf ball of 0.1 (benchmarks/reproduce_autoattack.py).
 
 DeepFool and C&W fooled both nets on all images, FGSM the reference on 99.99% and Deep Defense's on
 99.79%, by the forward pass that checks them. The options were chosen on held-out training images, from

@@ -228,13 +228,17 @@ def test_autoattack_measures_every_final_net_once_and_the_page_shows_it(searched
 
     monkeypatch.setattr(autoattack, "measure_state", measure)
     options = dict(seeds=[0], num_images=20, workdir=workdir, results=workdir, data_dir=None)
+    arguments = argparse.Namespace(**options, defenses=search.DEFENSES)
     for _ in range(2):
         for ball in autoattack.BALLS["mlp"]:
-            autoattack.attack_nets("mlp", *ball, argparse.Namespace(**options))
+            autoattack.attack_nets("mlp", *ball, arguments)
     stages = ["reference", "defended", "defended"]
     assert [each[3] for each in asked] == 2 * stages, "Each net once in each of two balls."
     assert asked[0] == ("l2", 1.5, ("autoattack",), "reference")
     assert asked[3][:2] == ("linf", 0.1)
+    arguments.defenses = ["deep_defense"]
+    chosen = [key["defense"] for key, _, _ in final.final_nets("mlp", arguments)]
+    assert chosen == ["reference", "deep_defense"]
     text = page.write_page(workdir).read_text()
     assert "| deep_defense | 1 | 30.00% | 60.00% |" in text and "first 20 test images" in text
     assert page.autoattack_table(search.read_lines(workdir / "autoattack_mlp.jsonl"), []) == []
@@ -299,10 +303,16 @@ def test_without_pixels_the_judges_bounds_are_the_range_of_the_inputs_also_under
     assert seen == [(-1.5, 2.5)]
 
 
+def test_the_judges_limits_are_within_them():
+    assert judges.agree("accuracy", 0.85, 0.855) and judges.agree("accuracy", 0.09, 0.085)
+    assert not judges.agree("accuracy", 0.85, 0.8551)
+    assert judges.agree("l2", 2.0, 2.04) and not judges.agree("l2", 2.0, 2.0401)
+
+
 def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_it():
     def line(attack, ours, theirs):
         shared = {"defense": "clean", "seed": 0, "figure": "l2", "version": "1", "images": 200}
-        agrees = abs(theirs / ours - 1) <= 0.02
+        agrees = judges.agree("l2", ours, theirs)
         return shared | {"attack": attack, "dd_jax": ours, "foolbox": theirs, "agrees": agrees}
 
     lines = [line("DDN", 1.0, 1.0), line("C&W", 1.0, 1.05), line("DeepFool", 1.0, 1.019)]
