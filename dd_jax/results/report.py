@@ -42,9 +42,9 @@ class Report(NamedTuple):
 
     measured: by stage, then by name of the figure. names: the measurements asked for. limit: how
     many test images were measured, None for all. published: the paper's figures by net. config: the
-    resolved configuration, {"section.field": value}. xla_flags, device, python, packages: of figures
-    that were measured at different times, all that differ, "; " between them. remarks: what to know
-    of the figures.
+    resolved configuration, {"section.field": value}. xla_flags, device, python, packages: of
+    figures that were measured at different times, all that differ, "; " between them. remarks: what
+    to know of the figures.
     """
 
     data: str
