@@ -151,10 +151,7 @@ def merged(before: Report | None, report: Report) -> Report:
     }
     names = list(dict.fromkeys([*before.names, *report.names]))
     whole = report._replace(measured=measured, names=names)
-    is_kept = lambda stage, figures: (
-        AUTOATTACK in figures or bool(figures.keys() - report.measured.get(stage, {}).keys())
-    )
-    if not any(is_kept(stage, figures) for stage, figures in before.measured.items()):
+    if measured == report.measured:  # Nothing earlier is kept.
         return whole
     packages = {
         name: _either((before.packages or {}).get(name), version)
