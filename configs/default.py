@@ -71,7 +71,9 @@ def get_config() -> ConfigDict:
                 # deepfool, ddn, fmn, superdeepfool; others than deepfool need at_boundary
                 "solver": "deepfool",
                 "gradient": "through_iterates",  # of the margin: through_iterates, at_boundary
-                "penalty": "exponential",  # exponential, hinge, linear, reciprocal
+                # exponential, hinge, linear, reciprocal; on the command line, another penalty than
+                # the file's brings its own c and d
+                "penalty": "exponential",
                 "penalty_weight": 15.0,  # lambda
                 "correct_scale": 25.0,  # c
                 "wrong_scale": 5.0,  # d

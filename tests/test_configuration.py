@@ -112,6 +112,21 @@ def test_overrides_take_the_type_of_the_field():
 
 
 @pytest.mark.parametrize(
+    "overrides, scales",
+    [
+        ((), (15.0, 5.0)),  # The file's, which were chosen for its penalty.
+        (("defense.penalty=exponential",), (15.0, 5.0)),
+        (("defense.penalty=hinge",), (5.0, 5.0)),
+        (("defense.penalty=linear", "defense.wrong_scale=2"), (1.0, 2.0)),
+        (("defense.correct_scale=3", "defense.penalty=reciprocal"), (3.0, 25.0)),
+    ],
+)
+def test_another_penalty_brings_its_own_scales_but_those_that_are_given(overrides, scales):
+    defense = read(*overrides, path="configs/digits_mlp.py").defense
+    assert (defense.correct_scale, defense.wrong_scale) == scales
+
+
+@pytest.mark.parametrize(
     "override, said",
     {
         "defense.nope=1": "no field 'defense.nope' in the configuration; did you mean defense.norm "

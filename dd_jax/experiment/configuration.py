@@ -8,6 +8,7 @@ one configuration per process in absl's flags, and a sweep reads many.)
 
 import ast
 import difflib
+import inspect
 import json
 import math
 import pathlib
@@ -108,12 +109,16 @@ def read(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     overrides like `--config.defense.correct_scale=30`.
 
     ConfigurationError for whatever makes no sense, and for an override of an option that the chosen
-    defense does not take. A file may set the options of all defenses.
+    defense does not take. A file may set the options of all defenses. An override of the penalty
+    brings that penalty's own scales: the file's are another's.
     """
     config = configuration_files.load(path)
+    before = config.get("defense", {}).get("penalty")
     for override in overrides:
         _apply(config, override)
     check(config)
+    if config.defense.penalty != before:
+        _take_scales(config, overrides)
     _check_taken(config.defense.name, overrides)
     return config
 
@@ -168,6 +173,14 @@ def _apply(config: ConfigDict, override: str) -> None:
         )
         raise ConfigurationError(f"There is no field {name!r} in the configuration; {hint}")
     config.update_from_flattened_dict({name: _convert(name, text, fields[name])})
+
+
+def _take_scales(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Gives a penalty its own scales, but those that an override sets."""
+    given = [defense_option(override) for override in overrides]
+    parameters = inspect.signature(PENALTIES[config.defense.penalty]).parameters
+    for option in ({"correct_scale", "wrong_scale"} - set(given)) & parameters.keys():
+        config.defense[option] = parameters[option].default
 
 
 def _convert(name: str, text: str, present: Any) -> Any:
