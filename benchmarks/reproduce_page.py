@@ -1,4 +1,5 @@
-"""The page of `python -m benchmarks.reproduce`: README.md and results.json in benchmarks/reproduction/.
+"""The page of `python -m benchmarks.reproduce`: README.md, results.json and the figures of the search in
+benchmarks/reproduction/.
 
 Measured beside published, mean and range over the seeds, the targets and whether they are met, what was
 searched and chosen, what outside judges say, time and machine. Everything comes from the lines of results
@@ -10,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import reproduce_tradeoffs
 from benchmarks.reproduce_final import (
     CARLINI_WAGNER_IMAGES,
     JPEG_COPY,
@@ -62,7 +64,9 @@ TARGET_OF = ("deep_defense", "deep_defense_fgsm")
 
 
 def write_page(results: pathlib.Path = RESULTS) -> pathlib.Path:
-    """Writes README.md and results.json from whatever lines there are; returns the page's path."""
+    """Writes README.md, results.json and tradeoffs_NET.png from whatever lines there are; returns the
+    page's path.
+    """
     parts, content = [INTRODUCTION], {}
     for net in CONFIGS:
         if (results / f"chosen_{net}.json").exists():
@@ -89,6 +93,7 @@ def net_section(net: str, results: pathlib.Path) -> tuple[str, dict[str, Any]]:
         parts.append(times(by_method))
     trials = read_lines(results / f"search_{net}.jsonl")
     parts += [searched(net, choice, trials), chosen_table(choice)]
+    parts += tradeoffs(net, results)
     judged = of_most_images(read_lines(results / f"judges_{net}.jsonl"), lines)
     parts += judges_table(judged)
     return "\n\n".join(parts), {"chosen": choice, "final": summary, "judges": judged}
@@ -314,6 +319,17 @@ def searched(net: str, choice: Mapping[str, Any], trials: Sequence[Line]) -> str
         f"{reference['rho_linf']:.4f}. `search_{net}.jsonl` holds all trials, "
         "`benchmarks/reproduce_search.py` says what they choose from."
     )
+
+
+def tradeoffs(net: str, results: pathlib.Path) -> list[str]:
+    """The figure of the trials, drawn anew; nothing where there were none."""
+    if (figure := reproduce_tradeoffs.draw(net, results)) is None:
+        return []
+    return [
+        f"![Accuracy and rho_2 of the trials]({figure.name})\n\nThe trials of each defense that no "
+        "other one of its own beats in both, on held-out images, down to "
+        f"{100 * reproduce_tradeoffs.SHORTFALL:.0f} points of accuracy below the reference."
+    ]
 
 
 def chosen_table(choice: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from benchmarks import reproduce_judges as judges
 from benchmarks import reproduce_page as page
 from benchmarks import reproduce_processes as processes
 from benchmarks import reproduce_search as search
+from benchmarks import reproduce_tradeoffs as tradeoffs
 from configs import default, mnist_mlp
 from dd_jax.experiment import build, configuration
 from dd_jax.experiment.configuration import ConfigurationError
@@ -73,6 +74,15 @@ def test_the_best_trial_that_is_as_accurate_as_the_reference_is_chosen():
 
 def test_the_gain_is_the_geometric_mean_of_both_norms():
     assert search.gain(figures(0.9, 2.0, 0.8), REFERENCE) == pytest.approx(4.0)
+
+
+def test_the_figure_of_the_trials_has_those_that_no_other_beats():
+    trials = [
+        {"figures": {"accuracy": accuracy, "rho_l2": rho}}
+        for accuracy, rho in [(0.99, 0.1), (0.98, 0.3), (0.985, 0.2), (0.98, 0.2), (0.97, 0.3)]
+    ]
+    trials += [{"figures": {"accuracy": 0.94, "rho_l2": 9.0}}, {"figures": None}, trials[0]]
+    assert tradeoffs.front(trials, 0.95) == [(0.98, 0.3), (0.985, 0.2), (0.99, 0.1)]
 
 
 @pytest.mark.parametrize("net", ["mlp", "lenet", "convnet"])
@@ -210,6 +220,7 @@ def test_final_runs_go_on_and_the_page_has_their_figures(searched):
     assert "- mlp, seeds without a final run: reference [1, 2], clean [1, 2], parseval [0," in text
     assert "- mlp, fewer than 1 trials: parseval (0), " in text
     assert "- lenet: nothing was chosen yet" in text
+    assert "](tradeoffs_mlp.png)" in text and (workdir / "tradeoffs_mlp.png").stat().st_size > 1000
     content = json.loads((workdir / "results.json").read_text())["mlp"]
     assert content["final"]["deep_defense"]["l2"]["mean"] == again["figures"]["l2"]
 
