@@ -28,10 +28,11 @@ def get_config():
     config.reference.num_epochs = 40
     config.reference.learning_rate = 0.02
     config.defense.norm = "linf"
-    config.defense.correct_scale = 120.0
-    config.defense.wrong_scale = 30.0
+    config.defense.penalty_weight = 30.0
+    config.defense.correct_scale = 80.0
+    config.defense.wrong_scale = 20.0
     config.fine_tuning.num_epochs = 10
-    config.fine_tuning.learning_rate = 5e-3
+    config.fine_tuning.learning_rate = 1e-2
     config.fine_tuning.schedule = "cosine"
     config.fine_tuning.max_gradient_norm = 10.0
     # What the paper attacks whitened images with.
