@@ -3,10 +3,9 @@ training images.
 
 A trial is a fine-tuning from one reference net (seed 0), both without the last VALIDATION_IMAGES training
 images; these are what it is measured on. No test image is used. Every defense gets the same number of
-trials: four beginnings, then moves, each of which changes two options of one of the best trials so far. The
-beginnings were set by hand, the third and the fourth after the first two had been tried on the MLP. LeNet's
-search has one beginning: what was chosen for the MLP, on the same data (chosen_mlp.json); a defense
-without trials keeps that.
+trials: beginnings, which were set by hand (reproduce_beginnings.py: four, and on CIFAR-10 seven more), then
+moves, each of which changes two options of one of the best trials so far. LeNet's search has one beginning:
+what was chosen for the MLP, on the same data (chosen_mlp.json); a defense without trials keeps that.
 What the moves look for, the "promise", is the geometric mean of the gains of l_2 (DeepFool) and of rho_inf
 (FGSM) over the reference, less SHORTFALL for every point of accuracy below the reference's. What is chosen
 in the end has an accuracy that is not below the reference's, and of those the greatest gain.
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks import reproduce_beginnings
+from benchmarks.reproduce_beginnings import EPOCHS, RATE, SCHEDULE, Settings, scaled
 from configs import default
 from dd_jax.experiment import build, configuration, runs
 from dd_jax.experiment.build import Run
@@ -41,7 +42,6 @@ from dd_jax.training.train_step import DivergenceError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/reproduction"
-CIFAR_10_NETS = ("convnet", "nin")
 BEGINS_AS = {"lenet": "mlp"}  # Nets whose search begins with what was chosen for another.
 CONFIGS = {
     "mlp": "mnist_mlp",
@@ -68,7 +68,6 @@ FACTORS = (0.5, 0.7, 1.4, 2.0)  # Of the numbers that a move changes.
 SHORTFALL = 1.0
 BOUND = "fine_tuning.max_gradient_norm=10.0"  # The penalty of a wrong image is exponential.
 
-Settings = dict[str, Any]
 Line = dict[str, Any]
 Figures = Mapping[str, Any]
 
@@ -83,8 +82,6 @@ class Option(NamedTuple):
     limits: tuple[float, float] = (0.0, math.inf)
 
 
-RATE, EPOCHS = "fine_tuning.learning_rate", "fine_tuning.num_epochs"
-SCHEDULE = "fine_tuning.schedule"
 EVERYONES = {
     RATE: Option(limits=(1e-4, 5e-2)),
     EPOCHS: Option((5, 10, 20)),
@@ -111,156 +108,11 @@ SPACES: dict[str, dict[str, Option]] = {
     "deep_defense_fgsm": EVERYONES | _DEEP_DEFENSE | _FGSM,
 }
 """What is searched, by defense, on MNIST."""
-# CIFAR-10's numbers are MNIST's times these: its epsilons, as its PGD's, are a tenth, and rho of its
-# reference nets, which c and d multiply, is a quarter to a seventh.
-ON_CIFAR_10 = {
-    "defense.epsilon": 0.1,
-    "defense.correct_scale": 6.0,
-    "defense.wrong_scale": 6.0,
-}
-
-# Rate, epochs and schedule of the beginnings; then each defense's own options.
-_TRAININGS = (
-    (1e-3, 5, "halved_at_four_fifths"),
-    (5e-3, 10, "cosine"),
-    (1e-2, 10, "cosine"),
-    (5e-3, 10, "cosine"),
-)
-NUM_BEGINNINGS = len(_TRAININGS)
-
-
-def _listed(names: Sequence[str], *rows: Sequence[Any]) -> tuple[Settings, ...]:
-    """Settings from the options' names and a row of values for each beginning."""
-    return tuple(
-        {f"defense.{name}": value for name, value in zip(names, row, strict=True)} for row in rows
-    )
-
-
-_PENALTY = ("penalty_weight", "correct_scale", "wrong_scale", "norm")
-_OWN: dict[str, tuple[Settings, ...]] = {
-    "clean": ({}, {}, {}, {"fine_tuning.average_decay": 0.999}),
-    "parseval": _listed(("beta",), (1e-4,), (1e-3,), (1e-5,), (3e-5,)),
-    "adversarial_deepfool": _listed(
-        ("mixing_weight", "norm"), (0.5, "l2"), (0.2, "l2"), (0.05, "l2"), (0.05, "linf")
-    ),
-    "adversarial_fgsm": _listed(
-        ("fgsm_weight", "epsilon"), (0.5, 0.1), (0.7, 0.15), (0.2, 0.1), (0.3, 0.05)
-    ),
-    "deep_defense": _listed(
-        _PENALTY,
-        (15.0, 15.0, 5.0, "l2"),
-        (30.0, 10.0, 5.0, "l2"),
-        (60.0, 8.0, 5.0, "l2"),
-        (15.0, 20.0, 5.0, "linf"),
-    ),
-    "deep_defense_fgsm": _listed(
-        (*_PENALTY, "fgsm_weight", "epsilon"),
-        (15.0, 15.0, 5.0, "l2", 0.5, 0.1),
-        (30.0, 10.0, 5.0, "l2", 0.5, 0.15),
-        (60.0, 8.0, 5.0, "l2", 0.5, 0.2),
-        (15.0, 20.0, 5.0, "linf", 0.5, 0.1),
-    ),
-}
-
-
-# Further beginnings of CIFAR-10's nets, in the units of their inputs: set by hand after the first four
-# had been tried: d was too large in l2 (single wrong images of large rho had penalties of 1e17, and two nets
-# became constant), Parseval's beta was too large, and the others had accuracy to spare. The last two of each
-# were set after the others had been tried (adversarial_fgsm's last one). Each has its
-# rate and epochs; the schedule of all is "cosine".
-_ON_CIFAR_10: dict[str, tuple[tuple[float, int, Settings], ...]] = {
-    "clean": tuple(
-        (rate, epochs, {})
-        for rate, epochs in (
-            (1e-2, 20),
-            (2e-2, 20),
-            (1e-3, 10),
-            (2e-2, 10),
-            (5e-2, 10),
-            (5e-2, 20),
-            (3e-2, 10),
-        )
-    ),
-    "parseval": tuple(
-        (rate, epochs, {"defense.beta": beta})
-        for rate, epochs, beta in (
-            (5e-3, 10, 1e-6),
-            (5e-3, 10, 3e-6),
-            (1e-2, 20, 1e-6),
-            (5e-3, 10, 3e-7),
-            (1e-2, 10, 3e-6),
-            (2e-2, 10, 1e-6),
-            (5e-2, 10, 3e-7),
-        )
-    ),
-    "adversarial_deepfool": tuple(
-        (rate, epochs, {"defense.mixing_weight": weight, "defense.norm": norm})
-        for rate, epochs, weight, norm in (
-            (5e-3, 10, 0.3, "l2"),
-            (1e-2, 20, 0.2, "l2"),
-            (1e-2, 10, 0.3, "l2"),
-            (5e-3, 10, 0.2, "linf"),
-            (1e-2, 10, 0.2, "l2"),
-            (2e-2, 10, 0.2, "l2"),
-            (2e-2, 10, 0.3, "l2"),
-        )
-    ),
-    "adversarial_fgsm": tuple(
-        (rate, epochs, {"defense.fgsm_weight": weight, "defense.epsilon": epsilon})
-        for rate, epochs, weight, epsilon in (
-            (1e-2, 10, 0.3, 0.01),
-            (1e-2, 20, 0.3, 0.01),
-            (1e-2, 20, 0.5, 0.01),
-            (1e-2, 20, 0.2, 0.015),
-            (5e-3, 10, 0.3, 0.012),
-            (1e-2, 10, 0.5, 0.008),
-            (2e-2, 20, 0.3, 0.012),
-        )
-    ),
-}
-_PENALTIES_ON_CIFAR_10 = (
-    (5e-3, 10, (30.0, 30.0, 8.0, "l2")),
-    (5e-3, 10, (60.0, 30.0, 8.0, "l2")),
-    (5e-3, 10, (30.0, 120.0, 30.0, "linf")),
-    (5e-3, 10, (60.0, 80.0, 30.0, "linf")),
-    (1e-2, 10, (30.0, 80.0, 20.0, "linf")),
-    (2e-2, 10, (30.0, 80.0, 20.0, "linf")),
-    (1.5e-2, 10, (60.0, 60.0, 15.0, "linf")),
-)
-for _defense, _own in {
-    "deep_defense": {},
-    "deep_defense_fgsm": {"defense.fgsm_weight": 0.5, "defense.epsilon": 0.01},
-}.items():
-    _ON_CIFAR_10[_defense] = tuple(
-        (rate, epochs, _listed(_PENALTY, row)[0] | _own)
-        for rate, epochs, row in _PENALTIES_ON_CIFAR_10
-    )
-
-
-def beginning(net: str, defense: str, number: int) -> Settings:
-    """The settings of one of the first trials: NUM_BEGINNINGS for MNIST's nets, some more for
-    CIFAR-10's.
-    """
-    if number < NUM_BEGINNINGS:
-        rate, epochs, schedule = _TRAININGS[number]
-        own = _scaled(net, _OWN[defense][number])
-    else:
-        rate, epochs, own = _ON_CIFAR_10[defense][number - NUM_BEGINNINGS]
-        schedule = "cosine"
-    training = {RATE: rate, EPOCHS: epochs, SCHEDULE: schedule}
-    return training | {"fine_tuning.weight_decay": 5e-4, "fine_tuning.average_decay": 0.0} | own
-
-
-def _scaled(net: str, settings: Settings) -> Settings:
-    """The settings in the units of a net's inputs."""
-    factors = ON_CIFAR_10 if net in CIFAR_10_NETS else {}
-    scaled = {n: settings[n] * factor for n, factor in factors.items() if n in settings}
-    return settings | {name: float(f"{value:.3g}") for name, value in scaled.items()}
 
 
 def space_of(net: str, defense: str) -> dict[str, Option]:
     """What is searched of a defense, in the units of a net's inputs."""
-    limits = lambda name, option: tuple(_scaled(net, {name: x})[name] for x in option.limits)
+    limits = lambda name, option: tuple(scaled(net, {name: x})[name] for x in option.limits)
     return {name: x._replace(limits=limits(name, x)) for name, x in SPACES[defense].items()}
 
 
@@ -269,8 +121,7 @@ def beginnings(net: str, defense: str, results: pathlib.Path = RESULTS) -> list[
     if net in BEGINS_AS:
         chosen = read_choice(BEGINS_AS[net], results)["defenses"]
         return [chosen[defense]["settings"]]
-    further = len(_ON_CIFAR_10[defense]) if net in CIFAR_10_NETS else 0
-    return [beginning(net, defense, number) for number in range(NUM_BEGINNINGS + further)]
+    return reproduce_beginnings.beginnings(net, defense)
 
 
 def next_settings(

@@ -269,8 +269,8 @@ def test_a_net_without_trials_has_what_the_other_net_on_the_same_data_chose(tmp_
     reference = {"defense": "reference", "data": "digits", "figures": REFERENCE, "seconds": 1.0}
     search.append_line(tmp_path / "search_mlp.jsonl", reference)
     search.append_line(tmp_path / "search_lenet.jsonl", reference)
-    settings = search.beginning("mlp", "clean", 2)
-    chosen = {d: {"settings": search.beginning("mlp", d, 2)} for d in search.DEFENSES}
+    settings = search.beginnings("mlp", "clean")[2]
+    chosen = {d: {"settings": search.beginnings("mlp", d)[2]} for d in search.DEFENSES}
     content = {"net": "mlp", "defenses": chosen}
     (tmp_path / "chosen_mlp.json").write_text(json.dumps(content))
     tried = trial(0.98, 1.5) | {"defense": "deep_defense", "trial": 0}
