@@ -319,10 +319,13 @@ def test_a_directory_is_claimed_once_and_again_by_the_same_configuration(tmp_pat
     assert contents(workdir) == first | {workdir / "metrics.jsonl": b""}
 
 
-def test_the_data_may_lie_elsewhere_when_a_run_goes_on(tmp_path):
-    configuration.claim_directory(read("data.dir=/here"), tmp_path)
-    configuration.claim_directory(read("data.dir=/there"), tmp_path)
-    assert configuration.load(tmp_path).data.dir == "/there"
+@pytest.mark.parametrize(
+    "before, after", [("data.dir=/here", "data.dir=/there"), ("seed=0", "evaluation.batch_size=9")]
+)
+def test_what_differs_between_machines_may_change_when_a_run_goes_on(before, after, tmp_path):
+    configuration.claim_directory(read(before), tmp_path)
+    configuration.claim_directory(read(after), tmp_path)
+    assert configuration.load(tmp_path).to_dict() == read(after).to_dict()
 
 
 def test_an_empty_directory_will_do_and_so_will_one_where_claiming_was_cut_short(tmp_path):

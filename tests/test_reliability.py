@@ -81,6 +81,22 @@ def test_what_cannot_be_written_ends_a_command_with_one_sentence(error, said, ca
     assert ended.value.code == 1 and words.startswith(f"error: {said}") and words.count("\n") == 1
 
 
+def test_too_little_memory_ends_a_command_with_one_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(lambda: jnp.zeros((1 << 46,)).block_until_ready())
+    words = capsys.readouterr().err
+    assert ended.value.code == 1 and words.count("\n") == 1
+    assert words.startswith("error: There is not enough memory (") and "batch_size=100" in words
+
+
+def test_other_errors_of_jax_keep_their_traceback():
+    def main():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        command_line.run(main)
+
+
 def test_other_errors_of_the_system_keep_their_traceback():
     def main():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -10,6 +10,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import TypeVar
 
+import jax
+
 from dd_jax import parallel
 from dd_jax.data import DataError
 from dd_jax.experiment.configuration_files import ConfigurationError
@@ -33,6 +35,7 @@ USER_ERRORS = (
 )
 Prepared = TypeVar("Prepared")
 INTERRUPTED, TERMINATED = 130, 143
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # Begins what XLA says then.
 STORAGE_ERRORS: tuple[int, ...]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 STORAGE_ERRORS += (errno.EIO,)
@@ -128,6 +131,10 @@ def run(main: Callable[[], None], remark: str = "") -> None:
         if error.errno not in STORAGE_ERRORS:
             _fail()
         _end(f"error: {_storage_sentence(error)}", 1)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith(OUT_OF_MEMORY):
+            _fail()
+        _end(f"error: {_memory_sentence(error)}", 1)
     except Exception:
         _fail()
     parallel.finish()
@@ -138,6 +145,16 @@ def _storage_sentence(error: OSError) -> str:
     return (
         f"{where} cannot be written ({error.strerror}): make room, or allow writing, and rerun the "
         "command, which resumes from what is saved."
+    )
+
+
+def _memory_sentence(error: Exception) -> str:
+    said = str(error).splitlines()[0].removeprefix(f"{OUT_OF_MEMORY}:").strip().rstrip(".")
+    return (
+        f"There is not enough memory ({said}): measure fewer images at a time, as with "
+        "--config.evaluation.batch_size=100, which changes no figure, or train on parts of a "
+        "batch, as with --config.fine_tuning.accumulation_steps=4 in a new --workdir; what is "
+        "saved is kept."
     )
 
 

@@ -28,7 +28,7 @@ from dd_jax.penalties import PENALTIES
 
 FILE_NAME, PARTIAL_NAME = "config.json", "config.partial"
 # May differ from one machine to the next.
-NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers", "parallel")
+NOT_PART_OF_THE_RUN = ("data.dir", "data.num_workers", "parallel", "evaluation.batch_size")
 
 
 CHOICES = {

@@ -33,7 +33,6 @@ NO_MATTER_TO_FIGURES = (
     *NOT_PART_OF_THE_RUN,
     "data.flip",
     "data.crop_padding",
-    "evaluation.batch_size",
     "evaluation.epoch_examples",
     # A report keeps AutoAttack's results side by side, each with these.
     "evaluation.autoattack_norm",
