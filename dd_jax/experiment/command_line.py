@@ -35,7 +35,7 @@ USER_ERRORS = (
 )
 Prepared = TypeVar("Prepared")
 INTERRUPTED, TERMINATED = 130, 143
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # Begins what XLA says then.
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # XLA says this then.
 STORAGE_ERRORS: tuple[int, ...]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 STORAGE_ERRORS += (errno.EIO,)
@@ -132,7 +132,7 @@ def run(main: Callable[[], None], remark: str = "") -> None:
             _fail()
         _end(f"error: {_storage_sentence(error)}", 1)
     except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith(OUT_OF_MEMORY):
+        if OUT_OF_MEMORY not in str(error):
             _fail()
         _end(f"error: {_memory_sentence(error)}", 1)
     except Exception:
