@@ -41,8 +41,8 @@ from dd_jax.experiment import build, command_line, comparison, configuration, pl
 from dd_jax.experiment.build import Run
 from dd_jax.experiment.configuration import ConfigurationError
 from dd_jax.experiment.measuring import measure_state
-from dd_jax.experiment.reporting import add_to_report, make_report
-from dd_jax.results.report import DEFENDED, REFERENCE, has_figures, read_report
+from dd_jax.experiment.reporting import add_to_report, device_name, make_report
+from dd_jax.results.report import DEFENDED, REFERENCE, Report, has_figures, read_report
 from dd_jax.training import TrainState
 
 SEEDS = (0, 1, 2)
@@ -172,6 +172,7 @@ class Finals:
         figures = self._figures(run, stage, state, reference)
         line = {"net": self._net, "seed": seed, "defense": defense, "settings": settings}
         line |= {"figures": figures, "num_train": run.feed.num_train} | facts(run)
+        line |= kept_with(read_report(run.workdir))
         line |= {"training": trained, "all": started.seconds()}
         if self._exact_subset is not None:
             line["exact_subset"] = measured_on(run, state, self._exact_subset)
@@ -241,6 +242,17 @@ def facts(run: Run) -> dict[str, Any]:
         "commit": commit(),
         **machine(),
     }
+
+
+def kept_with(report: Report) -> dict[str, Any]:
+    """What figures were taken with that a report has kept from another machine; nothing where there
+    are none.
+    """
+    if report.device == device_name():
+        return {}
+    device = f"{report.device}, since its last start {machine()['device']}"
+    versions = {"jax": report.packages["jax"], "python": report.python}
+    return {"device": device, "xla_flags": report.xla_flags} | versions
 
 
 def commit() -> str:

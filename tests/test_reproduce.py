@@ -206,9 +206,15 @@ def test_final_runs_go_on_and_the_page_has_their_figures(searched):
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(FileNotFoundError, match="no reference net, though .*--workdir"):
         elsewhere.run([0])
+    # It names the machine of the figures, which the report has kept, and this one.
+    name = f"{TWO[-1]}-{search.digest(lines[-1]['settings'])}/report.json"
+    report = workdir / "final/mlp/seed_0" / name
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"device": "a card"}))
     make().run([0])
     again = final.results_of("mlp", workdir)[-1]
     assert again["figures"] == lines[-1]["figures"]
+    assert lines[-1]["device"] == search.machine()["device"]
+    assert again["device"] == f"a card, since its last start {lines[-1]['device']}"
     assert configuration.load(
         final.directory(workdir, "mlp", 0, "clean", chosen["clean"]["settings"])
     )

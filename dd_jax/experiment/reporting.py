@@ -37,7 +37,7 @@ def make_report(
 
     measured: by stage. names, limit: what was measured, and on how many images (None: all).
     """
-    facts, device = run.facts, jax.devices()[0]
+    facts = run.facts
     labels = (REFERENCE, facts.method)
     report = Report(
         data=facts.data,
@@ -51,12 +51,18 @@ def make_report(
         published={name: facts.published[name] for name in labels if name in facts.published},
         config=facts.config,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
-        device=f"{device.device_kind} ({device.platform}, {jax.device_count()} device(s))",
+        device=device_name(),
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
         remarks=[],
     )
     return _with_remarks(report)
+
+
+def device_name() -> str:
+    """The devices of this process, as reports name them."""
+    device = jax.devices()[0]
+    return f"{device.device_kind} ({device.platform}, {jax.device_count()} device(s))"
 
 
 def add_to_report(run: Run, report: Report) -> tuple[Report, pathlib.Path]:
