@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks.reproduce_search import DEFENSES, Figures, Line, read_lines
-from dd_jax.defenses import DEFENSES as ALL
+from dd_jax.experiment.figures import legend_labels
 from dd_jax.results import plots
 from dd_jax.results.report import REFERENCE
 
@@ -36,9 +36,7 @@ def draw(net: str, results: pathlib.Path) -> pathlib.Path | None:
         trials = [line for line in lines if line["defense"] == defense]
         if pairs := front(trials, reference["accuracy"] - SHORTFALL):
             points[defense] = [(accuracy, rho, None) for accuracy, rho in pairs]
-    figure = plots.robustness_over_accuracy_figure(
-        points, labels={defense: ALL[defense].label for defense in points if defense in ALL}
-    )
+    figure = plots.robustness_over_accuracy_figure(points, labels=legend_labels(list(points)))
     path = results / f"tradeoffs_{net}.png"
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     return path

@@ -12,8 +12,8 @@ CIFAR-10 (JPEG copy), all 10,000 test images, C&W the first 1,000, seed 0, in fu
     deep_defense    79.71%  0.0568  0.343 (0.360)  0.0168 (0.0158)  0.301 (0.470)  30.31% (45.05%)
 
 DeepFool and C&W fooled both nets on all images, FGSM on 99.95 % and all, by the forward pass that
-checks them. The options were chosen among nine on held-out training images; larger rates and more epochs,
-which helped the other defenses, were not tried. benchmarks/reproduction/ has the search, the other defenses,
+checks them. The options were chosen among nine on held-out training images; trials with larger rates, which
+helped the other defenses, were not finished. benchmarks/reproduction/ has the search, the other defenses,
 more seeds, and figures on 1,017 test images of the original.
 """
 
