@@ -389,20 +389,18 @@ def judges_table(lines: Sequence[Line]) -> list[str]:
         "weights; `python -m benchmarks.reproduce_judges`. Asked for: sizes within 2 %, accuracies "
         "within 0.5 points."
     )
-    return [text, table(rows), *reasons(lines)]
+    notes = sorted({line["note"] for line in lines if "note" in line})
+    return [text, *notes, table(rows), *reasons(lines)]
 
 
 def reasons(lines: Sequence[Line]) -> list[str]:
     """Why figures differ, where the lines show it: they equal each other when PGD takes all its steps,
-    or on softer logits, or an attack's perturbations are longer than the same library's DDN finds and
-    short of the minimum.
+    on softer logits, or where both attacks lead to the same class.
     """
-    sizes = {(line["defense"], line["seed"], line["attack"]): line["foolbox"] for line in lines}
     said = []
     for line in lines:
-        least = sizes.get((line["defense"], line["seed"], "DDN"))
-        longer = line["foolbox"] > line["dd_jax"] and line["figure"] == "l2"
         softer, to_the_end = line.get("softer"), line.get("all_steps")
+        same_class = line.get("same_class")
         if to_the_end:
             said.append(
                 f"{line['attack']} on {line['defense']}, seed {line['seed']}: with all its steps, which "
@@ -416,14 +414,14 @@ def reasons(lines: Sequence[Line]) -> list[str]:
                 f"foolbox's {softer['foolbox']:.4f}: this net's logits are so large that the "
                 "gradient of cross-entropy vanishes in float32."
             )
-        if line["agrees"] or not longer or least is None or line["foolbox"] <= least:
-            continue
-        said.append(
-            f"{line['attack']} on {line['defense']}, seed {line['seed']}: foolbox's is "
-            f"{line['foolbox'] / line['dd_jax'] - 1:.1%} longer than dd_jax's, and "
-            f"{line['foolbox'] / least - 1:.1%} longer than what foolbox's own DDN finds on these "
-            "images: within its steps it does not reach the minimum."
-        )
+        if same_class and same_class["agrees"] and not (softer and softer["agrees"]):
+            farther = "foolbox's" if line["foolbox"] > line["dd_jax"] else "dd_jax's"
+            said.append(
+                f"{line['attack']} on {line['defense']}, seed {line['seed']}: on the "
+                f"{same_class['share']:.1%} of the images that both attacks move to the same class, "
+                f"dd_jax's is {same_class['dd_jax']:.4f} and foolbox's {same_class['foolbox']:.4f}. On "
+                f"the others {farther} leads to a class that is farther away."
+            )
     return said
 
 

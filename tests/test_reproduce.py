@@ -3,6 +3,7 @@ on where they were stopped. Tiny runs on digits.
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -332,14 +333,20 @@ def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_i
         agrees = judges.agree("l2", ours, theirs)
         return shared | {"attack": attack, "dd_jax": ours, "foolbox": theirs, "agrees": agrees}
 
-    lines = [line("DDN", 1.0, 1.0), line("C&W", 1.0, 1.05), line("DeepFool", 1.0, 1.019)]
-    text, table, reason = page.judges_table(lines)
+    same = {"same_class": {"dd_jax": 0.9, "foolbox": 0.91, "agrees": True, "share": 0.78}}
+    farther = line("C&W", 1.0, 1.05) | same | {"note": "Trained again."}
+    lines = [line("DDN", 1.0, 1.0), farther, line("DeepFool", 1.0, 1.019)]
+    text, note, table, reason = page.judges_table(lines)
+    assert note == "Trained again."
     assert "| clean | 0 | C&W | 200 | l2 | 1.0000 | 1.0500 | +5.00% | **no** |" in table
-    assert (
-        "foolbox's is 5.0% longer than dd_jax's, and 5.0% longer than what foolbox's own" in reason
-    )
-    # Shorter than ours: theirs is the better attack, and no such reason is given.
-    assert page.reasons([lines[0], line("C&W", 1.0, 0.9)]) == []
+    assert "78.0% of the images that both attacks move to the same class" in reason
+    assert "dd_jax's is 0.9000 and foolbox's 0.9100. On the others foolbox's leads" in reason
+    # Theirs is the better attack.
+    (said,) = page.reasons([line("C&W", 1.0, 0.9) | same])
+    assert "On the others dd_jax's leads to a class that is farther away." in said
+    # They differ there, too: then the class is not the reason.
+    other = {"same_class": same["same_class"] | {"agrees": False}}
+    assert page.reasons([line("C&W", 1.0, 1.05), line("C&W", 1.0, 1.05) | other]) == []
     assert page.judges_table([]) == []
     # Of several lines about a net and an attack the one of the most images, of a final net alone.
     finals = [{"seed": 0, "defense": "clean", "settings": {}}]
@@ -356,6 +363,24 @@ def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_i
     to_the_end = {"all_steps": {"dd_jax": 0.205, "foolbox": 0.205, "agrees": True}}
     (said,) = page.reasons([line("PGD", 0.185, 0.205) | to_the_end])
     assert "which foolbox's takes, dd_jax's leaves 20.50%, and foolbox's 20.50%." in said
+
+
+def test_the_judge_compares_sizes_again_where_both_attacks_lead_to_the_same_class(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "foolbox is not asked here")
+    # Three affine classes; the nearest other one is class 1, class 2 is farther away.
+    logits_fn = lambda x: jnp.stack([jnp.ones(len(x)), x[:, 0], x[:, 1] / 2], axis=1)
+    inputs, wanted = jnp.zeros((4, 2)), jnp.zeros(4, int)
+    problem = judges.Problem(logits_fn, inputs, wanted, wanted, None, 0.1, 0.1, 1)
+    near, far = jnp.asarray([[1.1, 0.0]] * 4), jnp.asarray([[0.0, 2.2]] * 4)
+    mixed = near.at[3].set(far[3])
+    find = lambda theirs: judges.compared(problem, "l2", lambda _, x: near, lambda _: theirs)
+    found = find(mixed)
+    assert found["foolbox"] == pytest.approx(1.25 * found["dd_jax"])
+    same = found["same_class"]
+    assert same["dd_jax"] == same["foolbox"] == pytest.approx(1.1)
+    assert same["share"] == 0.75 and same["agrees"] and not found["agrees"]
+    assert "same_class" not in find(near * 1.01)  # They agree.
+    assert "same_class" not in find(far)  # No image to compare.
 
 
 @pytest.mark.parametrize(
