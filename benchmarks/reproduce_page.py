@@ -420,7 +420,7 @@ def reasons(lines: Sequence[Line]) -> list[str]:
                 f"{line['attack']} on {line['defense']}, seed {line['seed']}: on the "
                 f"{same_class['share']:.1%} of the images that both attacks move to the same class, "
                 f"dd_jax's is {same_class['dd_jax']:.4f} and foolbox's {same_class['foolbox']:.4f}. On "
-                f"the others {farther} leads to a class that is farther away."
+                f"the others {farther} leads to classes that are farther away, in the mean."
             )
     return said
 

@@ -343,7 +343,7 @@ def test_the_page_says_why_an_outside_judge_differs_where_its_own_figures_show_i
     assert "dd_jax's is 0.9000 and foolbox's 0.9100. On the others foolbox's leads" in reason
     # Theirs is the better attack.
     (said,) = page.reasons([line("C&W", 1.0, 0.9) | same])
-    assert "On the others dd_jax's leads to a class that is farther away." in said
+    assert "On the others dd_jax's leads to classes that are farther away, in the mean." in said
     # They differ there, too: then the class is not the reason.
     other = {"same_class": same["same_class"] | {"agrees": False}}
     assert page.reasons([line("C&W", 1.0, 1.05), line("C&W", 1.0, 1.05) | other]) == []
