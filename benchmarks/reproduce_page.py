@@ -167,7 +167,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def conditions(lines: Sequence[Line]) -> str:
     """Data, input space, machine and versions of the final runs."""
     first = lines[0]
-    several = lambda name: " and ".join(sorted({str(line[name]) for line in lines}))
+    several = lambda name: " and ".join(sorted({str(line[name]) or "none" for line in lines}))
     copy = f" The data is {JPEG_COPY}, not the original." if "cifar10" in first["data"] else ""
     is_default = lambda line: line.get("precision") == "JAX's default"
     rounds = any("NVIDIA" in line["device"] and is_default(line) for line in lines)
@@ -181,7 +181,7 @@ def conditions(lines: Sequence[Line]) -> str:
         f"{first['figures'].get('carlini_wagner_examples', CARLINI_WAGNER_IMAGES)}). Inputs: "
         f"{first['input_space']}; sizes in units of a pixel's range of 1.{copy} Mean; least to "
         f"greatest over the seeds; in brackets: the paper's. {several('device')}, jax "
-        f"{several('jax')}, Python {several('python')}, XLA_FLAGS {several('xla_flags')!r}."
+        f"{several('jax')}, Python {several('python')}, XLA_FLAGS {several('xla_flags')}."
         f"{precision}"
     )
 
@@ -290,15 +290,15 @@ def times(by_method: Mapping[str, Sequence[Line]]) -> str:
         f"{minutes(of, 'all', 'processor_seconds'):.1f} of processor time)"
         for method, of in by_method.items()
     ]
+    notes = dict.fromkeys(
+        f" Of {method}, {line['note']}."
+        for method, of in by_method.items()
+        for line in of
+        if "note" in line
+    )
     return (
         "Minutes of training (with all measurements) per net, of the last start of a run, on a "
-        f"machine with other work beside: {', '.join(said)}."
-        + "".join(
-            f" Of {method}, {line['note']}."
-            for method, of in by_method.items()
-            for line in of
-            if "note" in line
-        )
+        f"machine with other work beside: {', '.join(said)}." + "".join(notes)
     )
 
 
