@@ -399,17 +399,18 @@ def reasons(lines: Sequence[Line]) -> list[str]:
     """
     said = []
     for line in lines:
+        about = f"{line['attack']} on {line['defense']}, seed {line['seed']}"
         softer, to_the_end = line.get("softer"), line.get("all_steps")
         same_class = line.get("same_class")
         if to_the_end:
             said.append(
-                f"{line['attack']} on {line['defense']}, seed {line['seed']}: with all its steps, which "
+                f"{about}: with all its steps, which "
                 f"foolbox's takes, dd_jax's leaves {to_the_end['dd_jax']:.2%}, and foolbox's "
                 f"{to_the_end['foolbox']:.2%}. The evaluation's stops at the first iterate that fools."
             )
         if softer and softer["agrees"]:
             said.append(
-                f"{line['attack']} on {line['defense']}, seed {line['seed']}: with the logits divided by "
+                f"{about}: with the logits divided by "
                 f"{softer['by']:g}, which changes no class, dd_jax's is {softer['dd_jax']:.4f} and "
                 f"foolbox's {softer['foolbox']:.4f}: this net's logits are so large that the "
                 "gradient of cross-entropy vanishes in float32."
@@ -417,7 +418,7 @@ def reasons(lines: Sequence[Line]) -> list[str]:
         if same_class and same_class["agrees"] and not (softer and softer["agrees"]):
             farther = "foolbox's" if line["foolbox"] > line["dd_jax"] else "dd_jax's"
             said.append(
-                f"{line['attack']} on {line['defense']}, seed {line['seed']}: on the "
+                f"{about}: on the "
                 f"{same_class['share']:.1%} of the images that both attacks move to the same class, "
                 f"dd_jax's is {same_class['dd_jax']:.4f} and foolbox's {same_class['foolbox']:.4f}. On "
                 f"the others {farther} leads to classes that are farther away, in the mean."
